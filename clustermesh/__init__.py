@@ -1,0 +1,1 @@
+"""Cilium ClusterMesh's shared-etcd protocol; knows nothing of the daemon."""

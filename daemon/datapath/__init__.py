@@ -1,0 +1,1 @@
+"""Desired tables to kernel maps; nothing else writes the kernel."""

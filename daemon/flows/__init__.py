@@ -1,0 +1,1 @@
+"""Kernel events to flows that a person can read."""

@@ -1,0 +1,1 @@
+"""The policy language and everything that can be said about it; pure."""

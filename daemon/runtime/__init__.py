@@ -1,0 +1,1 @@
+"""The small imperative tool-box; imports nothing of ours."""

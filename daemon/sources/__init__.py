@@ -1,0 +1,1 @@
+"""Each module reads one outside thing and writes only its own rows."""
