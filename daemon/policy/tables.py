@@ -1,0 +1,87 @@
+"""PolicyTables: what a policy set means for one subject, as a matrix of identity classes by port classes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from daemon.model.identity import Identity
+from daemon.model.net import Direction, Prefix, Proto
+
+PORTLESS = -1  # the "port" of packets that carry none: later fragments, protocols without ports
+
+
+class Rows(NamedTuple):
+    """Row numbers of one peer class in the ingress and the egress matrix."""
+
+    ingress: int
+    egress: int
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Port classes: `cuts[proto]` are ascending first ports, `columns[proto]` the column from each cut on.
+
+    Protocols that are not named use `protocols[number]`, or column 0; the same holds for PORTLESS of a named one.
+    Column 0 is what only rules without ports reach.
+    """
+
+    cuts: Mapping[Proto, tuple[int, ...]]
+    columns: Mapping[Proto, tuple[int, ...]]
+    protocols: Mapping[int, int]
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One direction. `rows[row][column]` is a packed cell (daemon.model.verdict) whose rule is an index of `rules`."""
+
+    enforced: bool
+    default_deny: bool
+    columns: Columns
+    rows: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleOrigin:
+    """Where a rule number comes from; `key` is stable between compilations of an unchanged document."""
+
+    policy: str  # name, or namespace/name
+    kind: str
+    direction: Direction
+    deny: bool
+    spec: int  # index in `specs`
+    index: int  # index in the ingress/egress(Deny) list
+    file: str = ""
+    line: int = 0
+    log: str = ""  # the policy's free-text log tag
+    uid: str = ""  # metadata.uid, when there is one
+
+    @property
+    def key(self) -> tuple[str, str, int, bool, int, int]:
+        return (self.kind, self.policy, int(self.direction), self.deny, self.spec, self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTables:
+    """The compiled policy of one subject. Equal inputs give equal tables, so reconcilers may compare with ==.
+
+    rules: rule index -> origin. Indexes below bpf.layout.FIRST_RULE are the fixed rules and have no origin; policy
+    rules start at FIRST_RULE (`first_rule` repeats the number, so that this package need not know bpf).
+    identities: rows of each identity that has labels.
+    prefixes: every prefix that policy tells apart -> its group; 0.0.0.0/0 and ::/0 are always there. An address
+    belongs to its longest prefix, unless a managed identity owns it.
+    groups: rows of each prefix group.
+    unknown: rows of a peer whose identity has no labels yet.
+    """
+
+    ingress: Matrix
+    egress: Matrix
+    rules: Mapping[int, RuleOrigin]
+    identities: Mapping[Identity, Rows]
+    prefixes: Mapping[Prefix, int]
+    groups: tuple[Rows, ...]
+    unknown: Rows
+
+    def matrix(self, direction: Direction) -> Matrix:
+        """The matrix of one direction."""
+        return self.ingress if direction is Direction.INGRESS else self.egress

@@ -1,0 +1,123 @@
+"""The declared tables, their keys and rows. Sources write them, compilers read values, reconcilers write the kernel."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from daemon.model.identity import Identity
+from daemon.model.labels import LabelSet
+from daemon.model.net import Prefix
+from daemon.state.table import Table
+
+if TYPE_CHECKING:
+    from daemon.model.rule import CidrGroup, Policy
+
+LOCAL = "local"  # `source` of rows that this host itself knows
+
+
+class PolicyKey(NamedTuple):
+    """One object: kind, namespace (empty for cluster-wide kinds) and name."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRow:
+    """An identity's labels and who said so: `local`, `file`, or `mesh:<cluster>`."""
+
+    labels: LabelSet
+    source: str
+
+
+class IpKey(NamedTuple):
+    """One claim: each source may say something about the same prefix. state/ips.py picks the winner."""
+
+    prefix: Prefix
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class IpRow:
+    """`prefix` belongs to `identity`. `name` is a pod or host name to show; `node` the address of its host."""
+
+    identity: Identity
+    name: str = ""
+    namespace: str = ""
+    node: str = ""
+
+
+class NodeKey(NamedTuple):
+    """A node of any cluster."""
+
+    cluster: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """A node as its cluster publishes it; addresses are (type, prefix)."""
+
+    addresses: tuple[tuple[str, Prefix], ...]
+    labels: LabelSet
+    identity: Identity
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A network device of this host."""
+
+    name: str
+    index: int
+    up: bool
+    mac: str
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """This host. The only key is `host`. `labels` are complete (reserved:host and k8s: node labels) or the row is absent."""
+
+    name: str
+    cluster: str
+    cluster_id: int
+    labels: LabelSet
+    addresses: frozenset[Prefix]
+    devices: tuple[Device, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileProblem:
+    """What is wrong with one document; the previous version of it stays in force."""
+
+    file: str
+    line: int
+    column: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRow:
+    """How one part is: key is the part's name (`datapath`, `policy files`, `mesh:<cluster>`, `device:<name>`)."""
+
+    ok: bool
+    text: str
+    hint: str = ""
+    since: float = 0.0  # wall-clock seconds
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Tables:
+    """All tables. Built once by daemon/main.py and handed to those who need them."""
+
+    policies: Table[PolicyKey, "Policy"] = field(default_factory=lambda: Table("policies"))
+    cidr_groups: Table[str, "CidrGroup"] = field(default_factory=lambda: Table("cidr_groups"))
+    identities: Table[Identity, IdentityRow] = field(default_factory=lambda: Table("identities"))
+    ips: Table[IpKey, IpRow] = field(default_factory=lambda: Table("ips"))
+    nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
+    host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))
+    problems: Table[str, tuple[FileProblem, ...]] = field(default_factory=lambda: Table("problems"))
+    status: Table[str, StatusRow] = field(default_factory=lambda: Table("status"))
