@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from daemon.model.identity import Identity
 from daemon.model.net import Direction, Prefix, Proto
+from daemon.model.rule import RuleOrigin
 
 PORTLESS = -1  # the "port" of packets that carry none: later fragments, protocols without ports
 
@@ -39,26 +40,6 @@ class Matrix:
     default_deny: bool
     columns: Columns
     rows: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RuleOrigin:
-    """Where a rule number comes from; `key` is stable between compilations of an unchanged document."""
-
-    policy: str  # name, or namespace/name
-    kind: str
-    direction: Direction
-    deny: bool
-    spec: int  # index in `specs`
-    index: int  # index in the ingress/egress(Deny) list
-    file: str = ""
-    line: int = 0
-    log: str = ""  # the policy's free-text log tag
-    uid: str = ""  # metadata.uid, when there is one
-
-    @property
-    def key(self) -> tuple[str, str, int, bool, int, int]:
-        return (self.kind, self.policy, int(self.direction), self.deny, self.spec, self.index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from daemon.model.identity import Identity
 from daemon.model.labels import LabelSet
 from daemon.model.net import Prefix
+from daemon.model.problem import Problem
+from daemon.model.rule import CidrGroup, Policy, RuleOrigin
 from daemon.state.table import Table
-
-if TYPE_CHECKING:
-    from daemon.model.rule import CidrGroup, Policy
 
 LOCAL = "local"  # `source` of rows that this host itself knows
 
@@ -89,16 +88,6 @@ class HostRow:
 
 
 @dataclass(frozen=True, slots=True)
-class FileProblem:
-    """What is wrong with one document; the previous version of it stays in force."""
-
-    file: str
-    line: int
-    column: int
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
 class StatusRow:
     """How one part is: key is the part's name (`datapath`, `policy files`, `mesh:<cluster>`, `device:<name>`)."""
 
@@ -113,11 +102,12 @@ class StatusRow:
 class Tables:
     """All tables. Built once by daemon/main.py and handed to those who need them."""
 
-    policies: Table[PolicyKey, "Policy"] = field(default_factory=lambda: Table("policies"))
-    cidr_groups: Table[str, "CidrGroup"] = field(default_factory=lambda: Table("cidr_groups"))
+    policies: Table[PolicyKey, Policy] = field(default_factory=lambda: Table("policies"))
+    cidr_groups: Table[str, CidrGroup] = field(default_factory=lambda: Table("cidr_groups"))
     identities: Table[Identity, IdentityRow] = field(default_factory=lambda: Table("identities"))
     ips: Table[IpKey, IpRow] = field(default_factory=lambda: Table("ips"))
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
     host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))
-    problems: Table[str, tuple[FileProblem, ...]] = field(default_factory=lambda: Table("problems"))
+    problems: Table[str, tuple[Problem, ...]] = field(default_factory=lambda: Table("problems"))
+    rules: Table[int, RuleOrigin] = field(default_factory=lambda: Table("rules"))  # number in the kernel -> origin
     status: Table[str, StatusRow] = field(default_factory=lambda: Table("status"))
