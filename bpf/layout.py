@@ -66,6 +66,24 @@ class ConfigFlag(IntFlag):
     LOG_ALLOWED = 32  # an event for each new allowed connection
 
 
+class CellVerdict(IntEnum):
+    """Bits 28 to 31 of a cell. Zero is deny, so that memory nobody wrote is closed."""
+
+    DEFAULT_DENY = 0
+    ALLOW = 1
+    DENY = 2
+    REDIRECT = 3  # allowed here, subject to a rule of layer 7
+
+
+class CellFlag(IntFlag):
+    """Bits 24 to 27 of a cell; below them is the rule number."""
+
+    AUDIT = 1  # report, do not drop
+    LOG = 2  # an event for each packet, within the budget
+    REJECT = 4
+    AUTH = 8
+
+
 class BufferFlag(IntFlag):
     """Switches of one generation in config.buffer_flags."""
 
@@ -87,6 +105,25 @@ class Hook(IntEnum):
     XDP = 0
     TCX_INGRESS = 1
     TCX_EGRESS = 2
+
+
+class PacketClass(IntEnum):
+    """What the parser found; decides which questions are asked about a packet."""
+
+    MALFORMED = 0
+    TCP = 1
+    UDP = 2
+    SCTP = 3
+    ICMP4 = 4
+    ICMP6 = 5
+    OTHER_L4 = 6
+    FRAG_FIRST = 7
+    FRAG_NONFIRST = 8
+    ARP = 9
+    NDP = 10
+    MLD = 11
+    IGMP = 12
+    NON_IP = 13
 
 
 class Reason(IntEnum):
@@ -195,7 +232,7 @@ CONFIG = Struct(
         ("buffer_flags0", "I"),  # BufferFlag of generation & 1 == 0
         ("buffer_flags1", "I"),
         ("event_budget", "I"),  # events per reason, CPU and second; the rest is counted as suppressed
-        ("reserved", "I"),
+        ("hz", "I"),  # jiffies per second: the unit of time in ct4, ct6 and fragments; written by the loader
     ),
 )
 PEER = Struct("peer", (("slot", "I"), ("flags", "I")))
@@ -269,7 +306,8 @@ EVENT = Struct(
         ("ifindex", "I"),
         ("length", "I"),  # bytes of the frame
         ("generation", "I"),
-        ("pad", "I"),
+        ("packet_class", "B"),  # PacketClass
+        ("pad", "3s"),
     ),
 )
 
@@ -350,6 +388,8 @@ def maps(sizes: Sizes | None = None) -> dict[str, Map]:
         Map("ct4", MapKind.LRU_HASH, CT4_KEY, CT_ENTRY, size.conntrack),
         Map("ct6", MapKind.LRU_HASH, CT6_KEY, CT_ENTRY, size.conntrack),
         Map("fragments", MapKind.LRU_HASH, FRAG_KEY, FRAG_ENTRY, size.fragments),
+        # first fragments that were denied: apart, so that a flood of them cannot evict the allowed ones
+        Map("fragments_denied", MapKind.LRU_HASH, FRAG_KEY, FRAG_ENTRY, size.fragments),
         Map("rule_hits", MapKind.PERCPU_ARRAY, None, HITS, size.rules),
         # index: direction * REASONS + reason
         Map("reasons", MapKind.PERCPU_ARRAY, None, HITS, 2 * REASONS),
@@ -384,6 +424,9 @@ def constants() -> Mapping[str, int]:
         ("EVENT", EventKind),
         ("HOOK", Hook),
         ("REASON", Reason),
+        ("CLASS", PacketClass),
+        ("CELL", CellVerdict),
+        ("CELLFLAG", CellFlag),
         ("CT", CtFlag),
     )
     named = {f"{prefix}_{member.name}": int(member) for prefix, kind in enums for member in kind}

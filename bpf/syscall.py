@@ -1,6 +1,6 @@
 """bpf(2) by ctypes: maps, links, programs and pins, without a library and without LLVM.
 
-Every failure is an OSError whose text begins with the command's name. File descriptors are plain ints that the
+Every failure is an OSError whose text begins with the command's name. Descriptors are plain ints that the
 caller closes, except those held by PinnedMap.
 """
 
