@@ -1,5 +1,7 @@
-"""The store as the mesh protocol uses it. `etcd.py` speaks to a real one; `MemoryKV` is the embedded default."""
+"""The store as the mesh protocol uses it: etcd.py speaks to a real one, MemoryKV is the embedded default."""
 
+import asyncio
+import bisect
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,16 +11,20 @@ class KVError(Exception):
     """Base of everything a store can answer besides what was asked for."""
 
 
-class ConnectionLost(KVError):
+class ConnectionLost(KVError):  # noqa: N818
     """The store is out of reach, or changed its identity; keep the last state and try again."""
 
 
-class Compacted(KVError):
+class Compacted(KVError):  # noqa: N818
     """The revision asked for is gone: list again."""
 
 
-class Denied(KVError):
+class Denied(KVError):  # noqa: N818
     """The store refuses this user this key."""
+
+
+class LeaseLost(KVError):  # noqa: N818
+    """The lease is gone, and with it its keys: get a new one and write them again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class KV(Protocol):
     async def list(self, prefix: str) -> Listing: ...
 
     def watch(self, prefix: str, revision: int) -> AsyncIterator[Sequence[Event]]:
-        """Batches of events from `revision` on, until cancelled or lost; a batch is one store revision or more."""
+        """Batches of events from `revision` on, until cancelled or lost; a batch is whole revisions."""
         ...
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
@@ -78,3 +84,122 @@ class KV(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class MemoryKV:
+    """The embedded store: one process, nothing on disk, the semantics of etcd as far as `KV` promises them.
+
+    `cut` and `heal` make it unreachable and reachable again, `compact` forgets old events, `expire` ends a
+    lease as if its owner had died.
+    """
+
+    def __init__(self, history: int = 10_000) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._revision = 1
+        self._events: list[Event] = []  # ascending by revision
+        self._compacted = 0  # watches from this revision or earlier are refused
+        self._history = history
+        self._leases: set[int] = set()
+        self._cut: str | None = None
+        self._changed = asyncio.Event()
+
+    async def get(self, key: str) -> Entry | None:
+        self._check()
+        return self._entries.get(key)
+
+    async def list(self, prefix: str) -> Listing:
+        self._check()
+        found = sorted(key for key in self._entries if key.startswith(prefix))
+        return Listing(tuple(self._entries[key] for key in found), self._revision)
+
+    async def watch(self, prefix: str, revision: int) -> AsyncIterator[Sequence[Event]]:
+        position = revision
+        while True:
+            self._check()
+            if position <= self._compacted:
+                raise Compacted(f"revision {position} is gone, the oldest is {self._compacted + 1}")
+            start = bisect.bisect_left(self._events, position, key=lambda event: event.revision)
+            batch = [event for event in self._events[start:] if event.key.startswith(prefix)]
+            position = max(position, self._revision + 1)
+            wake = self._changed
+            if batch:
+                yield batch
+            else:
+                await wake.wait()
+
+    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        self._check()
+        if lease and lease not in self._leases:
+            raise LeaseLost(f"lease {lease:x} not found")
+        old = self._entries.get(key)
+        created = old.create_revision if old else self._revision + 1
+        version = old.version + 1 if old else 1
+        self._entries[key] = Entry(key, value, self._revision + 1, created, version, lease)
+        self._record([Event(key, value, self._revision + 1)])
+        return self._revision
+
+    async def delete(self, key: str) -> bool:
+        self._check()
+        if self._entries.pop(key, None) is None:
+            return False
+        self._record([Event(key, None, self._revision + 1)])
+        return True
+
+    async def create(self, key: str, value: bytes, lease: int = 0) -> bool:
+        self._check()
+        if key in self._entries:
+            return False
+        await self.put(key, value, lease)
+        return True
+
+    async def grant(self, ttl_s: int) -> int:  # noqa: ARG002 - nothing expires by itself here
+        self._check()
+        lease = max(self._leases, default=0) + 1
+        self._leases.add(lease)
+        return lease
+
+    async def revoke(self, lease: int) -> None:
+        self._check()
+        self.expire(lease)
+
+    async def close(self) -> None:
+        """Nothing is held that would need closing."""
+
+    def cut(self, reason: str = "the store is cut off") -> None:
+        """Every call and every watch fails from now on."""
+        self._cut = reason
+        self._wake()
+
+    def heal(self) -> None:
+        self._cut = None
+
+    def compact(self) -> None:
+        """Forget all events so far."""
+        self._events.clear()
+        self._compacted = self._revision
+
+    def expire(self, lease: int) -> None:
+        """End a lease: its keys go away in one revision."""
+        self._leases.discard(lease)
+        gone = [key for key, entry in self._entries.items() if entry.lease == lease]
+        for key in gone:
+            del self._entries[key]
+        if gone:
+            self._record([Event(key, None, self._revision + 1) for key in gone])
+
+    def _record(self, events: Sequence[Event]) -> None:
+        self._revision += 1
+        self._events.extend(events)
+        if len(self._events) > 2 * self._history:
+            kept = self._events[-self._history :]
+            self._compacted = kept[0].revision
+            self._events = [event for event in kept if event.revision > self._compacted]
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _check(self) -> None:
+        if self._cut is not None:
+            raise ConnectionLost(self._cut)
