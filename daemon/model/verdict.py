@@ -33,3 +33,16 @@ def pack_cell(verdict: Verdict, rule: int, flags: CellFlag = CellFlag.NONE) -> i
 def unpack_cell(cell: int) -> tuple[Verdict, int, CellFlag]:
     """The inverse of pack_cell."""
     return Verdict(cell >> 28), cell & (1 << RULE_BITS) - 1, CellFlag(cell >> RULE_BITS & 15)
+
+
+class FixedRule(IntEnum):
+    """Rule numbers that no document stands behind; equal to RULE_* in bpf/layout.py."""
+
+    DEFAULT_DENY_INGRESS = 0
+    DEFAULT_DENY_EGRESS = 1
+    DEFAULT_ALLOW = 2
+    FAILSAFE = 3
+    LOCALHOST = 4  # this host may reach its own workloads unless a deny rule says otherwise
+
+
+FIRST_RULE = 16  # the first number of a policy's rule

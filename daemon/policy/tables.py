@@ -1,5 +1,6 @@
 """PolicyTables: what a policy set means for one subject, as a matrix of identity classes by port classes."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +32,13 @@ class Columns:
     protocols: Mapping[int, int]
     count: int
 
+    def at(self, proto: int, port: int = PORTLESS) -> int:
+        """The column of a packet: protocol number and destination port, or ICMP type."""
+        for known, cuts in self.cuts.items():
+            if known == proto and port != PORTLESS:
+                return self.columns[known][bisect_right(cuts, port) - 1]
+        return self.protocols.get(proto, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -40,6 +48,10 @@ class Matrix:
     default_deny: bool
     columns: Columns
     rows: tuple[tuple[int, ...], ...]
+
+    def cell(self, row: int, proto: int, port: int = PORTLESS) -> int:
+        """The packed cell that decides about a packet from (or to) a peer of this row."""
+        return self.rows[row][self.columns.at(proto, port)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,19 @@ class PolicyTables:
     prefixes: Mapping[Prefix, int]
     groups: tuple[Rows, ...]
     unknown: Rows
+
+    def rows_of(self, identity: Identity) -> Rows:
+        """The rows of an identity; `unknown` for one whose labels nobody has told yet."""
+        return self.identities.get(identity, self.unknown)
+
+    def rows_of_address(self, address: Prefix) -> Rows:
+        """The rows of an address outside the mesh: its longest named prefix decides."""
+        for length in range(address.length, -1, -1):
+            shift = address.width - length
+            group = self.prefixes.get(Prefix(address.family, address.address >> shift << shift, length))
+            if group is not None:
+                return self.groups[group]
+        return self.unknown
 
     def matrix(self, direction: Direction) -> Matrix:
         """The matrix of one direction."""
