@@ -1,0 +1,277 @@
+"""/v1/flows: JSON lines in the form of Hubble's GetFlowsResponse, with what is ours under `meshwall`."""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+
+from aiohttp import web
+
+from bpf.layout import RULE_DEFAULT_ALLOW
+from daemon.flows.decode import reason_name
+from daemon.flows.filters import FilterError, parse_filters
+from daemon.flows.observe import Request
+from daemon.flows.pipeline import FlowPipeline
+from daemon.model.flow import Endpoint, Flow, FlowType, FlowVerdict, Lost, LostSource, summary, tcp_flag_names
+from daemon.model.net import Proto
+
+Json = dict[str, object]
+
+_ALL_MATCH = 4  # policy_match_type of a rule without peers and ports
+_PARAMETERS = {"number", "first", "follow", "since", "until", "whitelist", "blacklist"}
+_L4 = {
+    Proto.TCP: "TCP",
+    Proto.UDP: "UDP",
+    Proto.SCTP: "SCTP",
+    Proto.ICMP: "ICMPv4",
+    Proto.ICMPV6: "ICMPv6",
+}
+
+
+def routes(pipeline: FlowPipeline) -> list[web.RouteDef]:
+    """The handlers, to be added to the application.
+
+    GET /v1/flows?number=20&first=&follow=&since=&until=&whitelist=[..]&blacklist=[..]: a stream of JSON
+    lines. Times are RFC 3339 or nanoseconds since 1970; whitelist and blacklist are JSON lists of
+    FlowFilters. GET /v1/flows/status: the store and the loss counters.
+    """
+
+    async def flows(request: web.Request) -> web.StreamResponse:
+        return await _stream(pipeline, request)
+
+    async def status(_: web.Request) -> web.StreamResponse:
+        return web.json_response(status_json(pipeline))
+
+    return [web.get("/v1/flows", flows), web.get("/v1/flows/status", status)]
+
+
+async def _stream(pipeline: FlowPipeline, request: web.Request) -> web.StreamResponse:
+    try:
+        wanted = parse_request(dict(request.query))
+    except FilterError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    start_ns = pipeline.started_ns
+    async for answer in pipeline.observe(wanted):
+        if request.transport is None or request.transport.is_closing():
+            break
+        if answer:
+            await response.write("".join([line(one, start_ns) for one in answer]).encode())
+    return response
+
+
+def parse_request(query: dict[str, str]) -> Request:
+    """The request of a query string; FilterError names the parameter that is wrong."""
+    if unknown := query.keys() - _PARAMETERS:
+        raise FilterError(f"unknown parameter {min(unknown)!r}, expected {', '.join(sorted(_PARAMETERS))}")
+    number = query.get("number")
+    if number is not None and not (number.isascii() and number.isdigit() and len(number) <= 20):
+        raise FilterError(f"number: expected a whole number, got {number!r}")
+    follow, first = _flag(query, "follow"), _flag(query, "first")
+    if follow and first:
+        raise FilterError("first: not together with follow")
+    return Request(
+        filters=parse_filters(_json(query, "whitelist"), _json(query, "blacklist")),
+        number=int(number) if number is not None and int(number) else None,
+        first=first,
+        follow=follow,
+        since_ns=_time_ns(query, "since"),
+        until_ns=_time_ns(query, "until"),
+    )
+
+
+def _flag(query: dict[str, str], name: str) -> bool:
+    value = query.get(name, "false")
+    if value not in ("true", "false"):
+        raise FilterError(f"{name}: expected true or false, got {value!r}")
+    return value == "true"
+
+
+def _json(query: dict[str, str], name: str) -> object:
+    try:
+        return json.loads(query.get(name, "[]"))
+    except (ValueError, RecursionError) as error:
+        raise FilterError(f"{name}: not JSON: {error}") from None
+
+
+def _time_ns(query: dict[str, str], name: str) -> int | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,19}", text):
+        return int(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise FilterError(
+            f"{name}: expected RFC 3339 with an offset, or nanoseconds since 1970, got {text!r}"
+        )
+    return int(moment.timestamp() * 1e6) * 1_000
+
+
+def line(one: Flow | Lost, started_ns: int) -> str:
+    """One line of the stream. Characters outside printable ASCII are escaped, as JSON can."""
+    found = flow_json(one, started_ns) if isinstance(one, Flow) else lost_json(one)
+    return _encode(found) + "\n"
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+def lost_json(lost: Lost) -> Json:
+    """A loss; `num_events_lost` is text, as protobuf's JSON has it for 64 bits."""
+    found: Json = {"lost_events": {"source": lost.source.name, "num_events_lost": str(lost.count)}}
+    if lost.suppressed:
+        found["meshwall"] = {"suppressed": lost.suppressed}
+    return found
+
+
+def flow_json(flow: Flow, started_ns: int) -> Json:
+    """GetFlowsResponse in protobuf's JSON (snake case, defaults left out), and a member `meshwall`."""
+    moment = _rfc3339(flow.time_ns)
+    node = f"{flow.cluster or 'default'}/{flow.node}" if flow.node else ""
+    drop = flow.type is FlowType.DROP
+    shown: Json = {
+        "time": moment,
+        "uuid": _uuid(started_ns, flow.number),
+        "verdict": flow.verdict.name,
+    }
+    if drop:
+        shown["drop_reason"] = int(flow.drop)
+    if flow.family:
+        shown["IP"] = {
+            "source": flow.source.address,
+            "destination": flow.destination.address,
+            "ipVersion": f"IPv{flow.family}",
+        }
+        if l4 := _l4(flow):
+            shown["l4"] = l4
+    shown["source"] = _endpoint(flow.source)
+    shown["destination"] = _endpoint(flow.destination)
+    shown["Type"] = "L3_L4"
+    if node:
+        shown["node_name"] = node
+    for name, side in (("source_names", flow.source), ("destination_names", flow.destination)):
+        if side.node and not side.local:
+            shown[name] = [side.node]
+    shown["event_type"] = {"type": 1, "sub_type": int(flow.drop)} if drop else {"type": 5}
+    shown["traffic_direction"] = flow.direction.name
+    if flow.rule == RULE_DEFAULT_ALLOW:
+        shown["policy_match_type"] = _ALL_MATCH
+    if drop:
+        shown["drop_reason_desc"] = flow.drop.name
+    else:
+        shown["is_reply"] = False
+    shown["interface"] = _without_defaults({"index": flow.ifindex, "name": flow.interface})
+    shown["Summary"] = summary(flow)
+    if flow.origin and (member := _policy_member(flow)):
+        namespace, _, name = flow.origin.policy.rpartition("/")
+        policy = {"name": name, "namespace": namespace, "kind": flow.origin.kind}
+        shown[member] = [_without_defaults(policy)]
+    found: Json = {"flow": shown, "time": moment, "meshwall": _ours(flow)}
+    if node:
+        found["node_name"] = node
+    return found
+
+
+def _policy_member(flow: Flow) -> str:
+    """Which list the deciding policy stands in: never "allowed" for what was dropped or would have been."""
+    if flow.verdict in (FlowVerdict.FORWARDED, FlowVerdict.REDIRECTED):
+        return f"{flow.direction}_allowed_by"
+    return f"{flow.direction}_denied_by" if flow.reason == "policy-deny" else ""
+
+
+def _l4(flow: Flow) -> Json | None:
+    name = _L4.get(flow.proto)  # type: ignore[call-overload]
+    if name is None:
+        return None
+    if flow.proto in (Proto.ICMP, Proto.ICMPV6):
+        return {name: _without_defaults({"type": flow.icmp_type, "code": flow.icmp_code})}
+    ports = _without_defaults({"source_port": flow.source.port, "destination_port": flow.destination.port})
+    if flow.proto == Proto.TCP:
+        ports["flags"] = dict.fromkeys(tcp_flag_names(flow.tcp_flags), True)
+    return {name: ports}
+
+
+def _endpoint(side: Endpoint) -> Json:
+    found: Json = {"ID": 1} if side.local else {}
+    if side.identity:
+        found["identity"] = side.identity
+    if side.cluster:
+        found["cluster_name"] = side.cluster
+    if side.namespace:
+        found["namespace"] = side.namespace
+    if side.labels:
+        found["labels"] = side.labels
+    if side.pod:
+        found["pod_name"] = side.pod
+    if side.node:
+        found["workloads"] = [{"name": side.node, "kind": "Node"}]
+    return found
+
+
+def _ours(flow: Flow) -> Json:
+    found: Json = {
+        "number": flow.number,
+        "hook": flow.hook,
+        "generation": flow.generation,
+        "length": flow.length,
+    }
+    if flow.verdict is not FlowVerdict.FORWARDED:
+        found["reason"] = flow.reason
+    if flow.rule is not None:
+        found["rule"] = flow.rule
+        if flow.rule_name:
+            found["rule_name"] = flow.rule_name
+    if flow.restricting:
+        found["restricted_by"] = flow.restricting
+    if flow.origin:
+        origin = flow.origin
+        found |= _without_defaults(
+            {"policy": origin.policy, "file": origin.file, "line": origin.line, "log": origin.log}
+        )
+    if not flow.family:
+        found["ethertype"] = flow.ethertype
+    return found
+
+
+def _without_defaults(members: Mapping[str, object]) -> Json:
+    return {name: value for name, value in members.items() if value}
+
+
+def _uuid(started_ns: int, number: int) -> str:
+    """A name of the event that stays the same whoever asks."""
+    text = f"{started_ns & 2**64 - 1:016x}{number & 2**64 - 1:016x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+@lru_cache(maxsize=64)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _rfc3339(time_ns: int) -> str:
+    seconds, fraction = divmod(time_ns, 1_000_000_000)
+    return f"{_second(seconds)}.{fraction:09d}Z"
+
+
+def status_json(pipeline: FlowPipeline) -> Json:
+    """The store's fill in Hubble's ServerStatus names, and what never reached it."""
+    store, counters = pipeline.store, pipeline.counters
+    return {
+        "num_flows": len(store),
+        "max_flows": store.capacity,
+        "seen_flows": store.end,
+        "uptime_ns": time.time_ns() - pipeline.started_ns,
+        "lost": {LostSource.PERF_EVENT_RING_BUFFER.name.lower(): counters.lost, "foreign": counters.foreign},
+        "suppressed": _by_reason(counters.suppressed.items()),
+    }
+
+
+def _by_reason(counts: Iterable[tuple[int, int]]) -> dict[str, int]:
+    return {reason_name(reason): count for reason, count in counts if count}

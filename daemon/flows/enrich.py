@@ -1,0 +1,258 @@
+"""Events -> Flows: identities get labels, addresses names, rules a policy and a line. Reads tables, no I/O.
+
+Enrichment happens when somebody looks, not when the packet was judged. What could have changed its meaning
+by then is remembered at arrival (`note`): the labels of an identity, and which rules a generation had. A
+name is shown only while its address still belongs to the identity that the data path saw.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from bpf.layout import (
+    FIRST_RULE,
+    RULE_DEFAULT_DENY_EGRESS,
+    RULE_DEFAULT_DENY_INGRESS,
+    EventKind,
+    Hook,
+    PacketClass,
+    Reason,
+)
+from daemon.flows.decode import Brief, Event, address_text, drop_reason, reason_name
+from daemon.model.flow import DropReason, Endpoint, Flow, FlowType, FlowVerdict
+from daemon.model.identity import Identity, Reserved, reserved_labels
+from daemon.model.labels import LabelSet, format_labels
+from daemon.model.net import Direction, Prefix, Proto, packed_prefix
+from daemon.model.rule import RuleOrigin
+from daemon.model.verdict import Verdict
+from daemon.state.tables import IpKey, Tables
+
+GENERATIONS = 16  # whose rules are remembered
+IDENTITIES = 16_384  # whose labels are remembered
+SIDES = 4_096  # remote sides kept ready: usual traffic has few of them, a flood of random sources starts over
+CLUSTER_LABEL = "k8s:io.cilium.k8s.policy.cluster="
+
+RuleBook = Mapping[int, RuleOrigin]
+
+_HOOKS = {int(hook): hook.name.lower().replace("_", "-") for hook in Hook}
+_DEFAULT_DENY = (RULE_DEFAULT_DENY_INGRESS, RULE_DEFAULT_DENY_EGRESS)
+_POLICY_REASONS = (
+    Reason.FORWARDED,
+    Reason.AUDITED,
+    Reason.POLICY_DEFAULT,
+    Reason.POLICY_DENY,
+    Reason.FRAG_DENIED,
+)
+_WITH_PORTS = (Proto.TCP, Proto.UDP, Proto.SCTP)
+
+
+class _Side(NamedTuple):
+    """What does not depend on the port, in the order of Endpoint's fields around it."""
+
+    address: str
+    identity: Identity
+    labels: tuple[str, ...]
+    namespace: str
+    pod: str
+    node: str
+    cluster: str
+
+    def endpoint(self, port: int, *, local: bool) -> Endpoint:
+        return Endpoint(
+            self.address,
+            port,
+            self.identity,
+            self.labels,
+            self.namespace,
+            self.pod,
+            self.node,
+            self.cluster,
+            local,
+        )
+
+
+class Directory:
+    """What is known of identities, addresses, rules and devices, for flows that are being looked at.
+
+    `ip_sources` are the sources that have rows in tables.ips; whoever reads that table keeps them up to date.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self.ip_sources: set[str] = set()
+        self._tables = tables
+        self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
+        self._books: dict[int, RuleBook] = {}
+        self._book: RuleBook = {}
+        self._book_revision = -1
+        self._restricting: dict[tuple[int, Direction], tuple[str, ...]] = {}
+        self._revisions: tuple[int, ...] = ()
+        self._sides: dict[tuple[int, bytes, int, bool], _Side] = {}
+        self._devices: dict[int, str] = {}
+        self._host_labels = format_labels(reserved_labels(Identity(Reserved.HOST)))
+        self._nodes: dict[Prefix, tuple[str, str]] = {}
+        self.node = self.cluster = ""
+
+    def note(self, seen: Iterable[Brief]) -> None:
+        """Remember what these events mean now, before the tables move on."""
+        if self._tables.rules.revision != self._book_revision:
+            self._take_rules()
+        for one in seen:
+            if one.identity not in self._labels:
+                self.labels(one.identity)
+            if one.generation not in self._books:
+                self._keep_book(one.generation, self._book_of(one.generation))
+
+    def labels(self, identity: int) -> tuple[str, ...]:
+        """The labels of an identity as text; those it last had when it has gone."""
+        row = self._tables.identities.get(Identity(identity))
+        found = row.labels if row else reserved_labels(Identity(identity))
+        known = self._labels.get(identity)
+        if known and (not found or known[0] == found):
+            return known[1]
+        if not found:
+            return ()
+        if len(self._labels) >= IDENTITIES:
+            del self._labels[next(iter(self._labels))]
+        text = format_labels(found)
+        self._labels[identity] = (found, text)
+        return text
+
+    def flow(self, number: int, event: Event, offset_ns: int) -> Flow:
+        """The flow of an event. `offset_ns` is wall clock minus CLOCK_MONOTONIC."""
+        self._refresh()
+        (
+            time_ns, saddr, daddr, sport_be, dport_be, kind, reason, towards, hook, family, proto, tcp_flags,
+            icmp_type, icmp_code, verdict, ethertype_be, identity, rule, ifindex, length,
+            generation, packet_class, _,
+        ) = event  # fmt: skip
+        outgoing = towards == Direction.EGRESS
+        direction = Direction.EGRESS if outgoing else Direction.INGRESS
+        sport = dport = 0
+        if proto in _WITH_PORTS:
+            sport, dport = int.from_bytes(sport_be, "big"), int.from_bytes(dport_be, "big")
+        source = self._side(family, saddr, identity, outgoing).endpoint(sport, local=outgoing)
+        destination = self._side(family, daddr, identity, not outgoing).endpoint(dport, local=not outgoing)
+        judged = reason in _POLICY_REASONS  # else the parser refused it and the rule says nothing
+        book = self._books.get(generation, {}) if judged else {}
+        allowed = kind == EventKind.ALLOW
+        return Flow(
+            number,
+            time_ns + offset_ns,
+            FlowType.DROP if kind == EventKind.DROP else FlowType.POLICY_VERDICT,
+            verdict_of(kind, verdict),
+            reason_name(reason),
+            DropReason.NONE if allowed else drop_reason(reason),
+            direction,
+            _HOOKS.get(hook) or str(hook),
+            self._devices.get(ifindex, ""),
+            ifindex,
+            family,
+            proto,
+            int.from_bytes(ethertype_be, "big"),
+            tcp_flags,
+            icmp_type,
+            icmp_code,
+            packet_class == PacketClass.FRAG_NONFIRST,
+            length,
+            generation,
+            rule if judged else None,
+            book.get(rule) if rule >= FIRST_RULE else None,
+            self._restricting_policies(generation, direction) if judged and rule in _DEFAULT_DENY else (),
+            source,
+            destination,
+            self.node,
+            self.cluster,
+        )
+
+    def _side(self, family: int, address: bytes, identity: int, local: bool) -> _Side:
+        key = (family, address, identity, local)
+        found = self._sides.get(key)
+        if found is None:
+            found = self._local(family, address) if local else self._remote(family, address, identity)
+            if len(self._sides) >= SIDES:
+                self._sides.clear()
+            self._sides[key] = found
+        return found
+
+    def _local(self, family: int, address: bytes) -> _Side:
+        host = Identity(Reserved.HOST)
+        text = address_text(family, address)
+        return _Side(text, host, self._host_labels, "", "", self.node, self.cluster)
+
+    def _remote(self, family: int, address: bytes, identity: int) -> _Side:
+        labels = self.labels(identity)
+        cluster = next((one[len(CLUSTER_LABEL) :] for one in labels if one.startswith(CLUSTER_LABEL)), "")
+        namespace = pod = node = ""
+        if family:
+            prefix = packed_prefix(address[:4] if family == 4 else address)
+            for source in self.ip_sources:
+                row = self._tables.ips.get(IpKey(prefix, source))
+                if row and row.name and row.identity == identity:
+                    namespace, pod = row.namespace, row.name
+                    break
+            else:
+                cluster, node = self._nodes.get(prefix, (cluster, ""))
+        return _Side(address_text(family, address), Identity(identity), labels, namespace, pod, node, cluster)
+
+    def _refresh(self) -> None:
+        """Forget what was derived from tables that have changed since."""
+        tables = self._tables
+        revisions = (
+            tables.identities.revision, tables.ips.revision, tables.nodes.revision, tables.host.revision,
+            len(self.ip_sources),
+        )  # fmt: skip
+        if revisions == self._revisions:
+            return
+        before, self._revisions = self._revisions, revisions
+        self._sides.clear()
+        if before[2:4] == revisions[2:4]:
+            return
+        for host in tables.host.rows.values():
+            self.node, self.cluster = host.name, host.cluster
+            self._devices = {device.index: device.name for device in host.devices}
+            self._host_labels = format_labels(host.labels)
+        self._nodes = {
+            prefix: (key.cluster, key.name)
+            for key, row in tables.nodes.rows.items()
+            for _, prefix in row.addresses
+        }
+
+    def _take_rules(self) -> None:
+        """Copy tables.rules, which belongs to the generation that the data path's status names."""
+        rules = self._tables.rules
+        self._book, self._book_revision = dict(rules.rows), rules.revision
+        status = self._tables.status.get("datapath")
+        generation = status.details.get("generation") if status else None
+        if isinstance(generation, int):
+            self._keep_book(generation, self._book)
+
+    def _book_of(self, generation: int) -> RuleBook:
+        """The rules of a generation that nothing was heard of: those before it if a later one is known."""
+        if all(known < generation for known in self._books):
+            return self._book
+        earlier = [known for known in self._books if known < generation]
+        return self._books[max(earlier)] if earlier else {}
+
+    def _keep_book(self, generation: int, book: RuleBook) -> None:
+        if len(self._books) >= GENERATIONS and generation not in self._books:
+            del self._books[min(self._books)]
+        self._books[generation] = book
+        self._restricting.clear()
+
+    def _restricting_policies(self, generation: int, direction: Direction) -> tuple[str, ...]:
+        """The policies with rules in a direction: by having them, they put it under default deny."""
+        key = (generation, direction)
+        found = self._restricting.get(key)
+        if found is None:
+            book = self._books.get(generation, {})
+            found = tuple(sorted({one.policy for one in book.values() if one.direction is direction}))
+            self._restricting[key] = found
+        return found
+
+
+def verdict_of(kind: int, verdict: int) -> FlowVerdict:
+    """What happened, from the event's kind and the verdict of its cell."""
+    if kind == EventKind.DROP:
+        return FlowVerdict.DROPPED
+    if kind == EventKind.AUDIT:
+        return FlowVerdict.AUDIT
+    return FlowVerdict.REDIRECTED if verdict == Verdict.REDIRECT else FlowVerdict.FORWARDED
