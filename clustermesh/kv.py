@@ -2,7 +2,7 @@
 
 import asyncio
 import bisect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,7 +63,7 @@ class KV(Protocol):
 
     async def list(self, prefix: str) -> Listing: ...
 
-    def watch(self, prefix: str, revision: int) -> AsyncIterator[Sequence[Event]]:
+    def watch(self, prefix: str, revision: int) -> AsyncGenerator[Sequence[Event], None]:
         """Batches of events from `revision` on, until cancelled or lost; a batch is whole revisions."""
         ...
 
@@ -112,7 +112,7 @@ class MemoryKV:
         found = sorted(key for key in self._entries if key.startswith(prefix))
         return Listing(tuple(self._entries[key] for key in found), self._revision)
 
-    async def watch(self, prefix: str, revision: int) -> AsyncIterator[Sequence[Event]]:
+    async def watch(self, prefix: str, revision: int) -> AsyncGenerator[Sequence[Event], None]:
         position = revision
         while True:
             self._check()

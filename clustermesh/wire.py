@@ -713,8 +713,8 @@ def reservation_fault(cluster_id: int, own_id: int, taken: Iterable[int]) -> str
 
 
 _SOURCES = (
-    "kube-apiserver", "local", "kvstore", "custom-resource", "k8s", "clustermesh", "api", "generated", "restored",
-    "unspec",
+    "kube-apiserver", "local", "kvstore", "custom-resource", "k8s", "clustermesh", "api", "generated",
+    "restored", "unspec",
 )  # fmt: skip
 _NEVER_OVER = {
     "k8s": {"clustermesh", "api", "generated", "restored", "unspec"},
@@ -727,7 +727,7 @@ _NEVER_OVER = {
 
 
 def may_overwrite(existing: str, new: str) -> bool:
-    """Whether the original lets one source replace what another said about a prefix (we keep both instead)."""
+    """Whether the original lets one source replace what another said about a prefix (we keep both)."""
     if existing in _NEVER_OVER:
         return new not in _NEVER_OVER[existing]
     return new in _SOURCES[: _SOURCES.index(existing) + 1]

@@ -1,0 +1,181 @@
+"""Drives remote.py over a store: list, watch, and after a loss list again; meanwhile the last state stays."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing
+
+from clustermesh.kv import KV, Compacted, Denied, Event, KVError, Listing
+from clustermesh.remote import Change, Kind, Mesh, Part
+
+log = logging.getLogger(__name__)
+
+QUARANTINE_S = 300.0  # how long a mass deletion is held before it is believed
+HEARTBEAT_TIMEOUT_S = 120.0
+
+
+class Backoff:
+    """Growing waits with jitter: the first failure waits least, `reset` starts over."""
+
+    def __init__(self, first_s: float = 0.5, most_s: float = 30.0) -> None:
+        self.first_s = first_s
+        self.most_s = most_s
+        self._next_s = first_s
+
+    def reset(self) -> None:
+        self._next_s = self.first_s
+
+    async def wait(self) -> None:
+        wait_s, self._next_s = self._next_s, min(self._next_s * 2, self.most_s)
+        await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+
+
+class _ListAgain(Exception):  # noqa: N818 - control flow inside this module
+    """Something happened after which only a new listing tells what is true."""
+
+
+class Follower:
+    """Keeps one `Mesh` equal to one store. Run `run` as a task; cancelling it emits nothing.
+
+    emit: called with batches of changes, on the event loop; it must not await and must be quick.
+    """
+
+    def __init__(
+        self,
+        kv: KV,
+        mesh: Mesh,
+        emit: Callable[[Sequence[Change]], None],
+        *,
+        name: str = "store",
+        backoff: Backoff | None = None,
+        quarantine_s: float = QUARANTINE_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.connected = False
+        self.complete = False  # every part was listed once, since the start
+        self.lost_since = 0.0  # wall clock; 0 while connected
+        self.error = ""
+        self.revision = 0
+        self.reconnects = 0
+        self.denied: dict[str, str] = {}  # prefix -> what the store said
+        self._kv = kv
+        self._mesh = mesh
+        self._emit = emit
+        self._name = name
+        self._backoff = backoff or Backoff()
+        self._quarantine_s = quarantine_s
+        self._clock = clock
+        self._turn = asyncio.Lock()  # one listing or batch of events at a time goes into the mesh
+        self._changed: list[Callable[[], None]] = []
+
+    def on_connection(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called whenever the store was lost or found."""
+        self._changed.append(callback)
+
+    async def run(self) -> None:
+        """For ever. Every KVError leads to another try; anything else is a bug and goes up."""
+        while True:
+            try:
+                await self._connection()
+            except* _ListAgain as group:
+                log.info("%s: listing again: %s", self._name, group.exceptions[0])
+            except* KVError as group:
+                self._lost(str(_first(group)))
+                await self._backoff.wait()
+
+    async def _connection(self) -> None:
+        """One connection: list all parts in order, then watch them all until something breaks."""
+        self._mesh.relist = False
+        self.denied.clear()
+        listings: list[tuple[Part, Listing]] = []
+        for part in self._mesh.parts:
+            listing = await self._list(part)
+            if listing is None:
+                continue
+            async with self._turn:
+                await self._feed(self._mesh.listed(part, listing.entries, self._clock()))
+            listings.append((part, Listing((), listing.revision)))
+        if len(self.denied) == len(self._mesh.parts):
+            raise Denied(next(iter(self.denied.values())))
+        if self._mesh.relist:
+            raise _ListAgain("a cluster changed its id")
+        self._found()
+        async with asyncio.TaskGroup() as group:
+            for part, listing in listings:
+                group.create_task(self._watch(part, listing.revision + 1))
+            group.create_task(self._release_held())
+
+    async def _list(self, part: Part) -> Listing | None:
+        """What is in a part; None if this user may not read it."""
+        try:
+            if part.kind is Kind.CONFIG and part.cluster:
+                entry = await self._kv.get(part.prefix)  # rights may cover this one key only
+                return Listing((entry,), entry.mod_revision) if entry else Listing((), 0)
+            listing = await self._kv.list(part.prefix)
+        except Denied as error:
+            self.denied[part.prefix] = str(error)
+            return None
+        self.revision = max(self.revision, listing.revision)
+        return listing
+
+    async def _watch(self, part: Part, revision: int) -> None:
+        if part.kind is Kind.CONFIG and part.cluster:
+            return  # read once per connection, as the original does
+        try:
+            async with aclosing(self._kv.watch(part.prefix, revision)) as batches:
+                async for events in batches:
+                    await self._apply(part, events)
+        except Compacted as error:
+            raise _ListAgain(f"{part.prefix}: {error}") from error
+
+    async def _apply(self, part: Part, events: Sequence[Event]) -> None:
+        async with self._turn:
+            self.revision = max(self.revision, events[-1].revision)
+            await self._feed(self._mesh.applied(part, events))
+        if self._mesh.relist:
+            raise _ListAgain("a cluster changed its id")
+
+    async def _feed(self, batches: Iterator[list[Change]]) -> None:
+        for changes in batches:
+            if changes:
+                self._emit(changes)
+            await asyncio.sleep(0)  # others get their turn between chunks
+
+    async def _release_held(self) -> None:
+        """Believe held deletions once they have been true for long enough."""
+        while True:
+            await asyncio.sleep(min(5.0, self._quarantine_s / 10))
+            held = [one.held_since for one in self._mesh.remotes.values() if one.held_since]
+            if held and min(held) + self._quarantine_s <= self._clock():
+                async with self._turn:
+                    await self._feed(self._mesh.release())
+
+    def _found(self) -> None:
+        if self.error:
+            log.info("%s: connected again, at revision %d", self._name, self.revision)
+            self.reconnects += 1
+        self.connected = self.complete = True
+        self.lost_since, self.error = 0.0, ""
+        self._backoff.reset()
+        self._tell()
+
+    def _lost(self, reason: str) -> None:
+        if reason != self.error:
+            log.warning("%s: lost, the last state stays in force: %s", self._name, reason)
+        self.error = reason
+        self.connected = False
+        self.lost_since = self.lost_since or self._clock()
+        self._tell()
+
+    def _tell(self) -> None:
+        for callback in self._changed:
+            callback()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,165 @@
+"""Clusters in a store become rows, and stay rows when the store goes away."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from clustermesh import wire
+from clustermesh.follow import Backoff
+from clustermesh.kv import MemoryKV
+from daemon.model.identity import Identity
+from daemon.model.labels import parse_labels
+from daemon.model.net import parse_prefix
+from daemon.sources.mesh import MeshSource
+from daemon.state.tables import IpKey, NodeKey, Tables
+
+WEB = 131073
+METRICS = 131074
+LABELS = ("k8s:app=web", "k8s:io.kubernetes.pod.namespace=prod")
+
+
+async def put_cluster(kv: MemoryKV, name: str = "west", number: int = 2, *, canaries: bool = False) -> None:
+    config = wire.ClusterConfig(number, synced_canaries=canaries, max_clusters=255)
+    await kv.put(wire.config_key(name), wire.encode_config(config))
+
+
+async def put_identity(
+    kv: MemoryKV, number: int, cluster: str = "west", labels: tuple[str, ...] = LABELS
+) -> None:
+    await kv.put(wire.identity_key(number), wire.encode_identity(labels, cluster))
+
+
+async def put_ip(
+    kv: MemoryKV, prefix: str, identity: int, host_ip: str = "192.168.5.1", pod: str = ""
+) -> None:
+    entry = wire.ip_entry(prefix, identity, host_ip, pod=pod)
+    await kv.put(wire.ip_key(entry.prefix), wire.encode_ip(entry))
+
+
+async def put_node(kv: MemoryKV, name: str, address: str, cluster: str = "west", number: int = 2) -> None:
+    node = wire.Node(
+        name, cluster, (wire.NodeAddress("InternalIP", address),), cluster_id=number, source="local",
+        labels={"kubernetes.io/hostname": name},
+    )  # fmt: skip
+    await kv.put(wire.node_key(cluster, name), wire.encode_node(node))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(2):
+        while not condition():  # noqa: ASYNC110 - any condition
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running(source: MeshSource) -> AsyncIterator[None]:
+    source.follower._backoff = Backoff(0.01, 0.05)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(source.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
+def make(tables: Tables, kv: MemoryKV, **settings: object) -> MeshSource:
+    return MeshSource(tables, kv, cluster_name="east", cluster_id=1, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tables() -> Tables:
+    return Tables()
+
+
+@pytest.fixture
+def kv() -> MemoryKV:
+    return MemoryKV()
+
+
+async def test_what_is_in_the_store_at_start_becomes_rows(tables: Tables, kv: MemoryKV) -> None:
+    await put_cluster(kv)
+    await put_identity(kv, WEB)
+    await put_ip(kv, "10.1.0.5", WEB, pod="web-0")
+    await put_node(kv, "w1", "192.168.5.1")
+    async with running(make(tables, kv)):
+        await until(lambda: tables.identities.synced)
+    row = tables.identities[Identity(WEB)]
+    assert row.source == "mesh:west"
+    assert row.labels == parse_labels([*LABELS, "k8s:io.cilium.k8s.policy.cluster=west"])
+    ip = tables.ips[IpKey(parse_prefix("10.1.0.5"), "mesh:west")]
+    assert (ip.identity, ip.name, ip.node) == (WEB, "web-0", "192.168.5.1")
+    assert tables.ips[IpKey(parse_prefix("192.168.5.1"), "mesh:west")].identity == 6
+    assert NodeKey("west", "w1") in tables.nodes
+    assert tables.status["mesh:west"].ok
+
+
+async def test_later_changes_follow(tables: Tables, kv: MemoryKV) -> None:
+    await put_cluster(kv)
+    async with running(make(tables, kv)):
+        await until(lambda: tables.identities.synced)
+        await put_identity(kv, WEB)
+        await put_ip(kv, "10.1.0.5", WEB)
+        await until(lambda: IpKey(parse_prefix("10.1.0.5"), "mesh:west") in tables.ips)
+        await kv.delete(wire.ip_key("10.1.0.5"))
+        await until(lambda: not tables.ips)
+        await kv.delete(wire.identity_key(WEB))
+        await until(lambda: not tables.identities)
+
+
+async def test_a_lost_store_changes_no_row_and_says_since_when(tables: Tables, kv: MemoryKV) -> None:
+    await put_cluster(kv)
+    await put_identity(kv, WEB)
+    await put_ip(kv, "10.1.0.5", WEB)
+    async with running(make(tables, kv, clock=lambda: 1000.0)):
+        await until(lambda: tables.ips.synced)
+        revision = tables.ips.revision, tables.identities.revision
+        kv.cut("cable pulled")
+        await until(lambda: bool(tables.ips.stale_since))
+        assert tables.ips.stale_since == {"mesh:west": 1000.0}
+        assert not tables.status["mesh:west"].ok
+        assert "cable pulled" in tables.status["mesh"].text
+        assert (tables.ips.revision, tables.identities.revision) == revision
+        kv.heal()
+        await put_ip(kv, "10.1.0.6", WEB)
+        await kv.delete(wire.ip_key("10.1.0.5"))
+        await until(lambda: IpKey(parse_prefix("10.1.0.6"), "mesh:west") in tables.ips)
+        await until(lambda: IpKey(parse_prefix("10.1.0.5"), "mesh:west") not in tables.ips)
+        assert not tables.ips.stale_since
+        assert tables.status["mesh:west"].ok
+
+
+async def test_identities_of_this_host_are_not_overwritten(tables: Tables, kv: MemoryKV) -> None:
+    from daemon.state.tables import IdentityRow
+
+    mine = IdentityRow(parse_labels(["k8s:app=mine"]), "file")
+    tables.identities.put(Identity(WEB), mine)
+    await put_cluster(kv)
+    await put_identity(kv, WEB)
+    async with running(make(tables, kv)):
+        await until(lambda: tables.identities.synced)
+        await kv.delete(wire.identity_key(WEB))
+        await put_identity(kv, METRICS)
+        await until(lambda: Identity(METRICS) in tables.identities)
+    assert tables.identities[Identity(WEB)] == mine
+
+
+async def test_an_unreachable_store_does_not_hold_the_tables_back_for_ever(
+    tables: Tables, kv: MemoryKV
+) -> None:
+    kv.cut()
+    async with running(make(tables, kv, sync_wait_s=0.05)):
+        await until(lambda: tables.ips.synced)
+    assert not tables.status["mesh"].ok
+
+
+async def test_refused_entries_are_counted_in_the_status(tables: Tables, kv: MemoryKV) -> None:
+    await put_cluster(kv)
+    await put_ip(kv, "127.0.0.1", WEB)
+    await put_identity(kv, METRICS, cluster="north")
+    async with running(make(tables, kv)):
+        await until(lambda: tables.ips.synced)
+    details = tables.status["mesh:west"].details
+    assert details["refused_by_reason"] == {"special_address": 1, "cluster_label": 1}
+    assert not tables.ips
+    assert not tables.identities
