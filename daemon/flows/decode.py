@@ -2,11 +2,13 @@
 
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
-from bpf.layout import EVENT, Reason
-from daemon.model.flow import DropReason
+from bpf.layout import EVENT, EventKind, Reason
+from daemon.model.flow import DropReason, FlowType, FlowVerdict
+from daemon.model.verdict import Verdict
 
 
 class Event(NamedTuple):
@@ -129,3 +131,37 @@ _BY_NUMBER = {int(reason): drop for reason, drop in HUBBLE_REASON.items()}
 def drop_reason(number: int) -> DropReason:
     """Hubble's reason for one of ours: an invalid packet if it is unknown and drops, NONE if it passes."""
     return _BY_NUMBER.get(number, _MALFORMED if number >= Reason.POLICY_DEFAULT else DropReason.NONE)
+
+
+class Meaning(NamedTuple):
+    """What kind, reason and verdict of an event say together."""
+
+    type: FlowType
+    verdict: FlowVerdict
+    reason: str
+    drop: DropReason  # NONE for what is allowed
+    judged: bool  # policy was asked; otherwise the parser refused the packet and the rule says nothing
+
+
+_JUDGED = frozenset(
+    {Reason.FORWARDED, Reason.AUDITED, Reason.POLICY_DEFAULT, Reason.POLICY_DENY, Reason.FRAG_DENIED}
+)
+
+
+@lru_cache(maxsize=1024)
+def meaning(kind: int, reason: int, verdict: int) -> Meaning:
+    """The meaning of an event; there are few different ones."""
+    allowed = kind == EventKind.ALLOW
+    if kind == EventKind.AUDIT:
+        outcome = FlowVerdict.AUDIT
+    elif not allowed:
+        outcome = FlowVerdict.DROPPED
+    else:
+        outcome = FlowVerdict.REDIRECTED if verdict == Verdict.REDIRECT else FlowVerdict.FORWARDED
+    return Meaning(
+        FlowType.POLICY_VERDICT if allowed or kind == EventKind.AUDIT else FlowType.DROP,
+        outcome,
+        reason_name(reason),
+        DropReason.NONE if allowed else drop_reason(reason),
+        allowed or reason in _JUDGED,
+    )

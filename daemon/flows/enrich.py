@@ -12,18 +12,15 @@ from bpf.layout import (
     FIRST_RULE,
     RULE_DEFAULT_DENY_EGRESS,
     RULE_DEFAULT_DENY_INGRESS,
-    EventKind,
     Hook,
     PacketClass,
-    Reason,
 )
-from daemon.flows.decode import Brief, Event, address_text, drop_reason, reason_name
-from daemon.model.flow import DropReason, Endpoint, Flow, FlowType, FlowVerdict
+from daemon.flows.decode import Brief, Event, address_text, meaning
+from daemon.model.flow import Endpoint, Flow
 from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import LabelSet, format_labels
 from daemon.model.net import Direction, Prefix, Proto, packed_prefix
 from daemon.model.rule import RuleOrigin
-from daemon.model.verdict import Verdict
 from daemon.state.tables import IpKey, Tables
 
 GENERATIONS = 16  # whose rules are remembered
@@ -34,15 +31,10 @@ CLUSTER_LABEL = "k8s:io.cilium.k8s.policy.cluster="
 RuleBook = Mapping[int, RuleOrigin]
 
 _HOOKS = {int(hook): hook.name.lower().replace("_", "-") for hook in Hook}
-_DEFAULT_DENY = (RULE_DEFAULT_DENY_INGRESS, RULE_DEFAULT_DENY_EGRESS)
-_POLICY_REASONS = (
-    Reason.FORWARDED,
-    Reason.AUDITED,
-    Reason.POLICY_DEFAULT,
-    Reason.POLICY_DENY,
-    Reason.FRAG_DENIED,
-)
-_WITH_PORTS = (Proto.TCP, Proto.UDP, Proto.SCTP)
+_DEFAULT_DENY = frozenset({RULE_DEFAULT_DENY_INGRESS, RULE_DEFAULT_DENY_EGRESS})
+_DIRECTIONS = (Direction.INGRESS, Direction.EGRESS)
+_WITH_PORTS = frozenset({int(Proto.TCP), int(Proto.UDP), int(Proto.SCTP)})
+_LATER_FRAGMENT = int(PacketClass.FRAG_NONFIRST)
 
 
 class _Side(NamedTuple):
@@ -117,30 +109,29 @@ class Directory:
         return text
 
     def flow(self, number: int, event: Event, offset_ns: int) -> Flow:
-        """The flow of an event. `offset_ns` is wall clock minus CLOCK_MONOTONIC."""
-        self._refresh()
+        """The flow of an event, as of the last `refresh`. `offset_ns` is wall clock minus CLOCK_MONOTONIC."""
         (
             time_ns, saddr, daddr, sport_be, dport_be, kind, reason, towards, hook, family, proto, tcp_flags,
             icmp_type, icmp_code, verdict, ethertype_be, identity, rule, ifindex, length,
             generation, packet_class, _,
         ) = event  # fmt: skip
-        outgoing = towards == Direction.EGRESS
-        direction = Direction.EGRESS if outgoing else Direction.INGRESS
+        outgoing = towards != 0
+        direction = _DIRECTIONS[outgoing]
         sport = dport = 0
         if proto in _WITH_PORTS:
             sport, dport = int.from_bytes(sport_be, "big"), int.from_bytes(dport_be, "big")
         source = self._side(family, saddr, identity, outgoing).endpoint(sport, local=outgoing)
         destination = self._side(family, daddr, identity, not outgoing).endpoint(dport, local=not outgoing)
-        judged = reason in _POLICY_REASONS  # else the parser refused it and the rule says nothing
-        book = self._books.get(generation, {}) if judged else {}
-        allowed = kind == EventKind.ALLOW
+        means = meaning(kind, reason, verdict)
+        judged = means.judged
+        book = self._books.get(generation)
         return Flow(
             number,
             time_ns + offset_ns,
-            FlowType.DROP if kind == EventKind.DROP else FlowType.POLICY_VERDICT,
-            verdict_of(kind, verdict),
-            reason_name(reason),
-            DropReason.NONE if allowed else drop_reason(reason),
+            means.type,
+            means.verdict,
+            means.reason,
+            means.drop,
             direction,
             _HOOKS.get(hook) or str(hook),
             self._devices.get(ifindex, ""),
@@ -151,11 +142,11 @@ class Directory:
             tcp_flags,
             icmp_type,
             icmp_code,
-            packet_class == PacketClass.FRAG_NONFIRST,
+            packet_class == _LATER_FRAGMENT,
             length,
             generation,
             rule if judged else None,
-            book.get(rule) if rule >= FIRST_RULE else None,
+            book.get(rule) if judged and book and rule >= FIRST_RULE else None,
             self._restricting_policies(generation, direction) if judged and rule in _DEFAULT_DENY else (),
             source,
             destination,
@@ -193,8 +184,8 @@ class Directory:
                 cluster, node = self._nodes.get(prefix, (cluster, ""))
         return _Side(address_text(family, address), Identity(identity), labels, namespace, pod, node, cluster)
 
-    def _refresh(self) -> None:
-        """Forget what was derived from tables that have changed since."""
+    def refresh(self) -> None:
+        """Forget what was derived from tables that have changed since. Call it before a run of `flow`."""
         tables = self._tables
         revisions = (
             tables.identities.revision, tables.ips.revision, tables.nodes.revision, tables.host.revision,
@@ -247,12 +238,3 @@ class Directory:
             found = tuple(sorted({one.policy for one in book.values() if one.direction is direction}))
             self._restricting[key] = found
         return found
-
-
-def verdict_of(kind: int, verdict: int) -> FlowVerdict:
-    """What happened, from the event's kind and the verdict of its cell."""
-    if kind == EventKind.DROP:
-        return FlowVerdict.DROPPED
-    if kind == EventKind.AUDIT:
-        return FlowVerdict.AUDIT
-    return FlowVerdict.REDIRECTED if verdict == Verdict.REDIRECT else FlowVerdict.FORWARDED

@@ -13,8 +13,7 @@ from functools import lru_cache
 from ipaddress import ip_address, ip_network
 
 from bpf.layout import EventKind
-from daemon.flows.decode import REASON_NAMES, Event, drop_reason
-from daemon.flows.enrich import verdict_of
+from daemon.flows.decode import REASON_NAMES, Event, drop_reason, meaning
 from daemon.model.flow import TCP_FLAGS, DropReason, Endpoint, Flow, FlowVerdict
 from daemon.model.labels import UNSPEC, parse_label
 from daemon.model.net import Direction, Proto
@@ -177,7 +176,7 @@ def _identities(values: Sequence[object], remote_when: Direction) -> EventTest:
 
 def _verdicts(values: Sequence[object]) -> EventTest:
     wanted = {_member(value, FlowVerdict) for value in values}
-    return lambda event: verdict_of(event.kind, event.verdict) in wanted
+    return lambda event: meaning(event.kind, event.reason, event.verdict).verdict in wanted
 
 
 def _drop_reasons(values: Sequence[object]) -> EventTest:

@@ -122,6 +122,7 @@ class _View:
         """The flows to show among events `start` to `stop`, and whether one was newer than asked for."""
         request = self._request
         found: list[Flow] = []
+        self._directory.refresh()
         for number, event, offset_ns in self._events(start, stop):
             now = event.time_ns + offset_ns
             if request.until_ns is not None and now > request.until_ns:

@@ -58,6 +58,7 @@ def shown(pipeline):
     def build(**changes):
         raw = pack(**changes)
         pipeline.directory.note(map(Brief._make, briefs(raw)))
+        pipeline.directory.refresh()
         return flow_json(pipeline.directory.flow(7, next(events(raw)), 0), 1)
 
     return build

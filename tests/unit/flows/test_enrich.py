@@ -20,6 +20,7 @@ def see(tables):
 
     def look(raw):
         directory.note(map(Brief._make, briefs(raw)))
+        directory.refresh()
         return directory.flow(0, next(events(raw)), 0)
 
     look.directory = directory

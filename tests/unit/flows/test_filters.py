@@ -14,6 +14,7 @@ def shown(pipeline, pack):
     def judge(spec, **changes):
         raw = pack(**changes)
         pipeline.directory.note(map(Brief._make, briefs(raw)))
+        pipeline.directory.refresh()
         event = next(events(raw))
         filters = parse_filters([spec], [])
         return filters.select(event, lambda: pipeline.directory.flow(0, event, 0)) is not None

@@ -1,0 +1,144 @@
+"""Flows a second and core, stage by stage: `python tests/bench/flows.py [COUNT]`. No root, no kernel.
+
+The last two stages are done for flows that somebody looks at; the first two for every event.
+"""
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bpf.layout import EVENT, FIRST_RULE, EventKind, Reason
+from daemon.api.flows import line
+from daemon.flows.decode import Event, events
+from daemon.flows.filters import parse_filters
+from daemon.flows.pipeline import FlowPipeline
+from daemon.model.identity import Identity
+from daemon.model.labels import parse_labels
+from daemon.model.net import Direction, packed_prefix
+from daemon.model.rule import RuleOrigin
+from daemon.state.tables import Device, HostRow, IdentityRow, IpKey, IpRow, Tables
+
+ROUNDS = 5
+BATCH = 2_048
+
+
+def packed(count: int, sources: int, chance: random.Random) -> bytes:
+    """Events from `sources` addresses, a fifth of them allowed."""
+    rows = []
+    for number in range(count):
+        source = chance.randrange(sources)
+        allowed = number % 5 == 0
+        rows.append(
+            EVENT.pack(
+                time_ns=number,
+                saddr=(0x0A02_0000 + source).to_bytes(4, "big"),
+                daddr=b"\x0a\x01\x00\x04",
+                sport_be=chance.randbytes(2),
+                dport_be=b"\x28\x0a",
+                kind=EventKind.ALLOW if allowed else EventKind.DROP,
+                reason=Reason.FORWARDED if allowed else Reason.POLICY_DENY,
+                family=4,
+                proto=6,
+                tcp_flags=2,
+                identity=70_000 + source % 512,
+                rule=FIRST_RULE + source % 64,
+                ifindex=2,
+                length=74,
+                generation=5,
+            )
+        )
+    return b"".join(rows)
+
+
+def tables() -> Tables:
+    """A host with 64 rules, 512 identities and 4,096 named addresses."""
+    found = Tables()
+    found.host.put(
+        "host", HostRow("a1", "alpha", 1, frozenset(), frozenset(), (Device("eth0", 2, True, "", 1500),))
+    )
+    for number in range(512):
+        labels = parse_labels(
+            [
+                f"k8s:app=web-{number}",
+                "k8s:io.cilium.k8s.policy.cluster=beta",
+                "k8s:io.kubernetes.pod.namespace=x",
+            ]
+        )
+        found.identities.put(Identity(70_000 + number), IdentityRow(labels, "mesh:beta"))
+    for number in range(4_096):
+        prefix = packed_prefix((0x0A02_0000 + number).to_bytes(4, "big"))
+        found.ips.put(
+            IpKey(prefix, "mesh:beta"), IpRow(Identity(70_000 + number % 512), f"web-{number}", "x")
+        )
+    for number in range(64):
+        found.rules.put(
+            FIRST_RULE + number,
+            RuleOrigin(
+                f"policy-{number}", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, True, 0, 0, "/p", 7
+            ),
+        )
+    return found
+
+
+def rate(count: int, work: Callable[[], object]) -> float:
+    """Median of some rounds, in flows a second of processor time."""
+    found = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        work()
+        found.append(count / (time.process_time() - start))
+    return sorted(found)[ROUNDS // 2]
+
+
+def main() -> None:
+    """Print one line a stage."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000
+    chance = random.Random(1)  # noqa: S311 - the same traffic in every run
+    with tempfile.TemporaryDirectory() as pins:
+        for name, sources in (("256 sources", 256), ("random sources", 1 << 16)):
+            raw = packed(count, sources, chance)
+            pipeline = FlowPipeline(tables(), Path(pins))
+            pipeline.directory.ip_sources.add("mesh:beta")
+            report(f"{name}: {count} events", raw, pipeline, count)
+
+
+def report(title: str, raw: bytes, pipeline: FlowPipeline, count: int) -> None:
+    """Measure each stage by itself."""
+    step = BATCH * EVENT.size
+
+    def ingest() -> None:
+        for at in range(0, len(raw), step):
+            pipeline.append(raw[at : at + step])
+
+    def decode() -> None:
+        for _ in events(raw):
+            pass
+
+    ingest()
+    found: list[Event] = list(events(raw))
+    directory = pipeline.directory
+    directory.refresh()
+    flows = [directory.flow(0, event, 0) for event in found]
+    drops = parse_filters([{"verdict": ["FORWARDED"], "destination_port": ["22"]}], [])
+
+    def narrow() -> None:
+        for event in found:
+            drops.select(event, lambda: flows[0])
+
+    print(title)
+    stages: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("count and store a batch", ingest),
+        ("decode", decode),
+        ("filter on the event", narrow),
+        ("enrich", lambda: [directory.flow(0, event, 0) for event in found]),
+        ("as JSON line", lambda: [line(flow, 1) for flow in flows]),
+    )
+    for name, work in stages:
+        print(f"  {name:<26}{rate(count, work):>12,.0f} flows/s")
+
+
+if __name__ == "__main__":
+    main()
