@@ -1,8 +1,8 @@
 """Every map and struct that kernel and user space share: defined here once.
 
-The C declares the same structs by hand, for reading; `static_asserts()` holds each field of them to this file at
-compile time, and `maps()` is the only place where maps get type, size and flags. All integers are native byte order
-and width unless the name ends in `_be` or the field is bytes.
+The C declares the same structs by hand, for reading; `static_asserts()` holds each field of them to this file
+at compile time, and `maps()` is the only place where maps get type, size and flags. All integers are in native
+byte order and width unless the name ends in `_be` or the field is bytes.
 
 How a packet uses the tables (IPv4; IPv6 differs only in the first step):
 
@@ -127,7 +127,7 @@ class PacketClass(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a packet was dropped, and what else is counted. One number per cause; 0 to 15 pass, the rest drop."""
+    """What became of a packet and why, one number per cause: 0 to 15 pass, the rest drop."""
 
     FORWARDED = 0  # judged and passed
     NOT_ENFORCED = 1  # no policy in this direction
@@ -278,7 +278,9 @@ CT_ENTRY = Struct(
         ("flags", "I"),  # CtFlag
     ),
 )
-FRAG_KEY = Struct("frag_key", (("src", "16s"), ("dst", "16s"), ("id", "I"), ("proto", "B"), ("family", "B"), ("pad", "H")))
+FRAG_KEY = Struct(
+    "frag_key", (("src", "16s"), ("dst", "16s"), ("id", "I"), ("proto", "B"), ("family", "B"), ("pad", "H"))
+)
 FRAG_ENTRY = Struct("frag_entry", (("expires", "Q"), ("rule", "I"), ("pass_", "I")))
 HITS = Struct("hits", (("packets", "Q"), ("bytes", "Q")))
 BUDGET = Struct("budget", (("window", "Q"), ("used", "Q"), ("suppressed", "Q"), ("lost", "Q")))
@@ -311,9 +313,11 @@ EVENT = Struct(
     ),
 )
 
+SCRATCH = Struct("scratch", (("opaque", "192s"),))  # one packet's work space; its inside is the C's own
+
 STRUCTS = (
-    CONFIG, PEER, ROWS, SLOT_INFO, BLOCK, PORT_COLUMNS, CELLS, IP4_KEY, IP6_KEY, NET6_KEY, PREFIX6_KEY, CT4_KEY,
-    CT6_KEY, CT_ENTRY, FRAG_KEY, FRAG_ENTRY, HITS, BUDGET, EVENT,
+    CONFIG, PEER, ROWS, SLOT_INFO, BLOCK, PORT_COLUMNS, CELLS, IP4_KEY, IP6_KEY, NET6_KEY, PREFIX6_KEY,
+    CT4_KEY, CT6_KEY, CT_ENTRY, FRAG_KEY, FRAG_ENTRY, HITS, BUDGET, EVENT, SCRATCH,
 )  # fmt: skip
 
 
@@ -394,6 +398,7 @@ def maps(sizes: Sizes | None = None) -> dict[str, Map]:
         # index: direction * REASONS + reason
         Map("reasons", MapKind.PERCPU_ARRAY, None, HITS, 2 * REASONS),
         Map("budgets", MapKind.PERCPU_ARRAY, None, BUDGET, REASONS),
+        Map("scratch", MapKind.PERCPU_ARRAY, None, SCRATCH, len(Hook)),
         Map("events", MapKind.RINGBUF, None, None, size.events_bytes),
     )
     return {one.name: one for one in listed}

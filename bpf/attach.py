@@ -1,0 +1,202 @@
+"""Pinned programs onto devices, by system calls alone: for the loader, and for the daemon when a device appears.
+
+A link of ours that exists is updated in place, so there is no moment without a filter. A program of somebody
+else is never detached: where XDP is taken, TCX carries the policy alone and the result says so.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from bpf import clsact
+from bpf.features import has_tcx
+from bpf.layout import LAYOUT_VERSION
+from bpf.syscall import (
+    XDP_GENERIC,
+    XDP_NATIVE,
+    AttachType,
+    link_create,
+    link_detach,
+    link_info,
+    link_update,
+    obj_get,
+    obj_pin,
+    prog_info,
+)
+
+
+class XdpMode(Enum):
+    """How XDP is to be attached; AUTO takes native or nothing, because generic costs more than TCX."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    GENERIC = "generic"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One attachment point of ours."""
+
+    name: str  # of the pinned link
+    program: str
+    attach_type: AttachType
+
+
+XDP = Hook("xdp", "xdp", AttachType.XDP)
+INGRESS = Hook("ingress", "tcx_ingress", AttachType.TCX_INGRESS)
+EGRESS = Hook("egress", "tcx_egress", AttachType.TCX_EGRESS)
+HOOKS = (INGRESS, EGRESS, XDP)  # XDP last: it may mark packets only when TCX reads the mark
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What is attached to one device. `xdp` is native, generic or off; `note` says why not as asked."""
+
+    ifindex: int
+    ingress: bool
+    egress: bool
+    xdp: str
+    by: str  # "tcx" or "clsact"
+    note: str = ""
+
+
+def home(pins: Path) -> Path:
+    """The directory of this layout version."""
+    return pins / f"v{LAYOUT_VERSION}"
+
+
+def _link_path(pins: Path, ifindex: int, hook: Hook) -> Path:
+    return home(pins) / "links" / f"{ifindex}-{hook.name}"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _alive(path: Path, ifindex: int) -> bool:
+    """Is a link of ours pinned and still on its device? The pin of a device that vanished is removed."""
+    if not path.exists():
+        return False
+    with _opened(path) as link:
+        if link_info(link).ifindex == ifindex:
+            return True
+    path.unlink()
+    return False
+
+
+def _put(pins: Path, ifindex: int, hook: Hook, flags: int = 0) -> None:
+    """Attach, or swap the program of the link that is there."""
+    path = _link_path(pins, ifindex, hook)
+    with _opened(home(pins) / "progs" / hook.program) as program:
+        if _alive(path, ifindex):
+            with _opened(path) as link:
+                link_update(link, program)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        link = link_create(program, ifindex, hook.attach_type, flags)
+        try:
+            obj_pin(link, path)
+        finally:
+            os.close(link)
+
+
+def _xdp(mode: str) -> Hook:
+    """The pin's name tells the XDP mode, which the kernel's link info does not."""
+    return Hook(f"xdp-{mode}", XDP.program, XDP.attach_type)
+
+
+def _attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str]:
+    """The mode that is in force, and a note."""
+    flags = {"native": XDP_NATIVE, "generic": XDP_GENERIC}
+    wanted = {XdpMode.AUTO: "native", XdpMode.NATIVE: "native", XdpMode.GENERIC: "generic", XdpMode.OFF: ""}[
+        mode
+    ]
+    for other in flags:
+        if other != wanted:
+            _remove(_link_path(pins, ifindex, _xdp(other)))
+    if not wanted:
+        return "off", ""
+    try:
+        _put(pins, ifindex, _xdp(wanted), flags[wanted])
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EEXIST):
+            return "off", "another program owns XDP on this device and stays; TCX carries the policy alone"
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ERANGE, errno.ENOMEM):
+            return (
+                "off",
+                f"{wanted} XDP is not possible here ({error.strerror}); TCX carries the policy alone",
+            )
+        raise
+    return wanted, ""
+
+
+def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
+    """Put the pinned programs on a device. OSError names the hook; TCX that was attached before stays."""
+    if has_tcx():
+        _put(pins, ifindex, INGRESS)
+        _put(pins, ifindex, EGRESS)
+        by = "tcx"
+    else:
+        with (
+            _opened(home(pins) / "progs" / INGRESS.program) as ingress,
+            _opened(home(pins) / "progs" / EGRESS.program) as egress,
+        ):
+            clsact.attach(ifindex, ingress, egress)
+        by = "clsact"
+    mode, note = _attach_xdp(pins, ifindex, xdp)
+    return Attachment(ifindex, ingress=True, egress=True, xdp=mode, by=by, note=note)
+
+
+def _remove(path: Path) -> None:
+    if not path.exists():
+        return
+    with _opened(path) as link, contextlib.suppress(OSError):
+        link_detach(link)  # ENOLINK when the device has gone
+    path.unlink()
+
+
+def detach(pins: Path, ifindex: int) -> None:
+    """Take our programs off a device, in the reverse order."""
+    for mode in ("native", "generic"):
+        _remove(_link_path(pins, ifindex, _xdp(mode)))
+    _remove(_link_path(pins, ifindex, EGRESS))
+    _remove(_link_path(pins, ifindex, INGRESS))
+    if not has_tcx():
+        clsact.detach(ifindex)
+
+
+def _on(pins: Path, ifindex: int, hook: Hook) -> bool:
+    """Is our current program on that hook?"""
+    path = _link_path(pins, ifindex, hook)
+    if not path.exists():
+        return False
+    with _opened(path) as link, _opened(home(pins) / "progs" / hook.program) as program:
+        info = link_info(link)
+        return info.ifindex == ifindex and info.prog_id == prog_info(program).id
+
+
+def status(pins: Path, ifindex: int) -> Attachment:
+    """What is attached now, as the kernel sees it."""
+    if not has_tcx():
+        ingress, egress = clsact.status(ifindex)
+        by = "clsact"
+    else:
+        ingress, egress, by = _on(pins, ifindex, INGRESS), _on(pins, ifindex, EGRESS), "tcx"
+    on = [mode for mode in ("native", "generic") if _on(pins, ifindex, _xdp(mode))]
+    return Attachment(ifindex, ingress, egress, on[0] if on else "off", by)
+
+
+def attached_devices(pins: Path) -> list[int]:
+    """Interface indexes that have a pinned link of ours, also of devices that have gone."""
+    links = home(pins) / "links"
+    return sorted({int(path.name.partition("-")[0]) for path in links.iterdir()}) if links.is_dir() else []

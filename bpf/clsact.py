@@ -1,0 +1,79 @@
+"""Programs on devices before Linux 6.6: clsact filters by netlink, which survive their creator too."""
+
+INGRESS_PARENT = 0xFFFFFFF2
+EGRESS_PARENT = 0xFFFFFFF3
+PRIORITY = 0x4D57  # fixed, so that a replace finds what an earlier run put there
+HANDLE = 1
+ETH_P_ALL = 0x0003
+INGRESS_NAME = "meshwall_ingress"
+EGRESS_NAME = "meshwall_egress"
+EEXIST = 17
+
+
+def attach(ifindex: int, ingress_fd: int, egress_fd: int) -> None:
+    """Put or replace both filters; OSError when the kernel refuses."""
+    from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415 - only hosts without TCX pay for it
+
+    with IPRoute() as netlink:
+        try:
+            netlink.tc("add", "clsact", ifindex)
+        except NetlinkError as error:
+            if error.code != EEXIST:
+                raise OSError(error.code, f"clsact on device {ifindex}: {error}") from error
+        for parent, fd, name in (
+            (INGRESS_PARENT, ingress_fd, INGRESS_NAME),
+            (EGRESS_PARENT, egress_fd, EGRESS_NAME),
+        ):
+            try:
+                netlink.tc(
+                    "replace-filter",
+                    "bpf",
+                    ifindex,
+                    handle=HANDLE,
+                    fd=fd,
+                    name=name,
+                    parent=parent,
+                    prio=PRIORITY,
+                    protocol=ETH_P_ALL,
+                    classid=1,
+                    direct_action=True,
+                )
+            except NetlinkError as error:
+                raise OSError(error.code, f"filter {name} on device {ifindex}: {error}") from error
+
+
+def detach(ifindex: int) -> None:
+    """Remove our two filters and nothing else: the clsact qdisc may carry those of others."""
+    from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415
+
+    with IPRoute() as netlink:
+        for parent in (INGRESS_PARENT, EGRESS_PARENT):
+            try:
+                netlink.tc(
+                    "del-filter",
+                    "bpf",
+                    ifindex,
+                    handle=HANDLE,
+                    parent=parent,
+                    prio=PRIORITY,
+                    protocol=ETH_P_ALL,
+                )
+            except NetlinkError:
+                continue  # not there
+
+
+def status(ifindex: int) -> tuple[bool, bool]:
+    """Are our filters on ingress and on egress?"""
+    from pyroute2 import IPRoute  # noqa: PLC0415
+
+    with IPRoute() as netlink:
+        ingress, egress = (
+            any(
+                options is not None and options.get_attr("TCA_BPF_NAME") == name
+                for options in (
+                    one.get_attr("TCA_OPTIONS") for one in netlink.get_filters(ifindex, parent=parent)
+                )
+            )
+            for parent, name in ((INGRESS_PARENT, INGRESS_NAME), (EGRESS_PARENT, EGRESS_NAME))
+        )
+    return ingress, egress

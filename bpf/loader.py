@@ -1,0 +1,304 @@
+"""`python -m bpf.loader`: compile for this host, load, check, pin, attach, exit.
+
+The only process that maps LLVM, and the only importer of bcc. Everything it leaves behind is pinned below
+`PINS/v<LAYOUT_VERSION>/`: `maps/<name>`, `progs/<name>`, `links/<ifindex>-<hook>`. It runs in the network
+namespace of its caller. One JSON object on stdout; on failure exit status 1 and one line on stderr, and nothing
+that was attached has changed.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bpf import attach, layout
+from bpf.features import Features, MissingFeatureError, probe
+from bpf.syscall import (
+    XDP_HAS_FRAGS,
+    AttachType,
+    LayoutMismatch,
+    PinnedMap,
+    ProgInfo,
+    ProgType,
+    obj_pin,
+    prog_info,
+    prog_load,
+    prog_test_run,
+)
+
+HERE = Path(__file__).parent
+SOURCES = ("maps.h", "parse.h", "peer.h", "verdict.h", "conntrack.h", "fragments.h", "events.h", "host.c")
+DEBIAN_PACKAGES = "/usr/lib/python3/dist-packages"  # bcc comes from the distribution, not from PyPI
+PROGRAMS = {"xdp": ProgType.XDP, "tcx_ingress": ProgType.SCHED_CLS, "tcx_egress": ProgType.SCHED_CLS}
+DEFAULT_EVENT_BUDGET = 1_000
+
+
+class LoaderError(Exception):
+    """One line for the person who started us."""
+
+
+class _Module(Protocol):
+    """What we use of bcc.BPF."""
+
+    module: ctypes.c_void_p
+
+    def dump_func(self, name: bytes) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The programs by name, with their descriptors, and what loading took."""
+
+    fds: Mapping[str, int]
+    info: Mapping[str, ProgInfo]
+    compile_s: float
+    load_s: float
+    cookie: int
+
+
+def source_text(fds: Mapping[str, int], sizes: layout.Sizes, features: Features, cookie: int) -> str:
+    """The whole C as one text: bcc looks at nothing but its main file."""
+    numbers = dict(layout.constants()) | {f"FD_{name}": fd for name, fd in fds.items()}
+    numbers |= {"SLOTS": sizes.slots, "HZ": features.hz}
+    lines = [f"#define {name} {value}u" for name, value in numbers.items()]
+    lines.append(f"#define COOKIE {cookie}ull")
+    length = "bpf_xdp_get_buff_len(ctx)" if features.xdp_frags else "(ctx->data_end - ctx->data)"
+    lines.append(f"#define XDP_LENGTH(ctx) {length}")
+    lines += [f'#line 1 "{name}"\n{(HERE / "src" / name).read_text(encoding="ascii")}' for name in SOURCES]
+    lines.append(f'#line 1 "layout.py"\n{layout.static_asserts()}')
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def _stderr_to(file: int) -> Iterator[None]:
+    """LLVM and libbcc write to descriptor 2; keep it for the error report."""
+    saved = os.dup(2)
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def compile_programs(text: str) -> dict[str, bytes]:
+    """Instructions of each program."""
+    if DEBIAN_PACKAGES not in sys.path:
+        sys.path.append(DEBIAN_PACKAGES)
+    os.environ["BCC_KERNEL_SOURCE"] = str(HERE / "shim")
+    try:
+        bcc = importlib.import_module("bcc")
+    except ImportError as error:
+        raise LoaderError(f"bcc is not installed ({error}): apt install python3-bpfcc") from error
+    with tempfile.TemporaryFile() as log:
+        try:
+            with _stderr_to(log.fileno()):
+                module: _Module = bcc.BPF(text=text.encode())
+                return {name: module.dump_func(name.encode()) for name in PROGRAMS}
+        except Exception as error:  # bcc raises bare Exception
+            log.seek(0)
+            told = [line for line in log.read().decode(errors="replace").splitlines() if "error" in line]
+            raise LoaderError(f"the C does not compile: {'; '.join(told[:3]) or error}") from error
+
+
+def load_programs(
+    maps: Mapping[str, PinnedMap], sizes: layout.Sizes, features: Features, cookie: int | None = None
+) -> Loaded:
+    """Compile against these open maps and load. Nothing is pinned or attached."""
+    secret = secrets.randbits(64) if cookie is None else cookie
+    started = time.monotonic()
+    code = compile_programs(
+        source_text({name: one.fd for name, one in maps.items()}, sizes, features, secret)
+    )
+    compiled = time.monotonic()
+    fds: dict[str, int] = {}
+    for name, kind in PROGRAMS.items():
+        flags = XDP_HAS_FRAGS if kind is ProgType.XDP and features.xdp_frags else 0
+        fds[name] = prog_load(kind, f"mw_{name}", code[name], flags=flags, attach_type=_expected(name))
+    info = {name: prog_info(fd) for name, fd in fds.items()}
+    return Loaded(fds, info, compiled - started, time.monotonic() - compiled, secret)
+
+
+def _expected(name: str) -> int:
+    return AttachType.XDP if name == "xdp" else 0
+
+
+def open_maps(directory: Path, sizes: layout.Sizes) -> tuple[dict[str, PinnedMap], int]:
+    """Adopt what is pinned, create the rest; second: how many were adopted. LayoutMismatch touches nothing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = layout.maps(sizes)
+    opened = {
+        name: PinnedMap.open(directory / name, spec)
+        for name, spec in wanted.items()
+        if (directory / name).exists()
+    }
+    adopted = len(opened)
+    for name, spec in wanted.items():
+        if name not in opened:
+            opened[name] = PinnedMap.create(spec, directory / name)
+    return opened, adopted
+
+
+def prepare_config(config: PinnedMap, hz: int) -> None:
+    """What the daemon does not know goes into `config`; everything else in it stays."""
+    raw = config.lookup(0)
+    if raw is None:
+        raise LoaderError("map config has no entry 0")
+    values = dict(layout.CONFIG.unpack(raw))
+    values["hz"] = hz
+    values["event_budget"] = values["event_budget"] or DEFAULT_EVENT_BUDGET
+    config.update(0, layout.CONFIG.pack(**values))
+
+
+def check_programs(loaded: Loaded) -> None:
+    """A frame that is not IP passes everywhere: a program that fails this is never attached."""
+    frame = bytes(12) + b"\x88\xcc" + bytes(50)
+    wanted = {"xdp": 2, "tcx_ingress": 0xFFFFFFFF, "tcx_egress": 0xFFFFFFFF}
+    for name, fd in loaded.fds.items():
+        value = prog_test_run(fd, frame).value
+        if value != wanted[name]:
+            raise LoaderError(
+                f"program {name} answers {value:#x} to a frame that is not IP, expected {wanted[name]:#x}"
+            )
+
+
+def ensure_bpffs(path: Path) -> None:
+    """Mount a bpf file system on `path` unless it is inside one."""
+    path.mkdir(parents=True, exist_ok=True)
+    if _is_bpffs(path):
+        return
+    done = subprocess.run(
+        ["mount", "-t", "bpf", "bpf", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise LoaderError(f"cannot mount a bpf file system on {path}: {done.stderr.strip()}")
+
+
+def _is_bpffs(path: Path) -> bool:
+    deepest: tuple[int, str] = (0, "")
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        _, where, kind, *_ = line.split()
+        where = where.encode().decode("unicode_escape")
+        if path.resolve().is_relative_to(where) and len(where) >= deepest[0]:
+            deepest = (len(where), kind)
+    return deepest[1] == "bpf"
+
+
+def pin_programs(fds: Mapping[str, int], directory: Path) -> None:
+    """Put new programs in the place of old ones; the old ones stay attached until the links are updated."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, fd in fds.items():
+        fresh = directory / f"{name}-new"
+        fresh.unlink(missing_ok=True)
+        obj_pin(fd, fresh)
+        fresh.rename(directory / name)
+
+
+@contextlib.contextmanager
+def one_at_a_time(pins: Path) -> Iterator[None]:
+    """Two loaders on the same pins would undo each other. bpffs has no locks: the lock is outside."""
+    name = (
+        Path(tempfile.gettempdir())
+        / f"meshwall-loader-{pins.resolve().as_posix().strip('/').replace('/', '-')}.lock"
+    )
+    fd = os.open(name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Sizes) -> dict[str, object]:
+    """The loader's whole work; what is returned is printed."""
+    try:
+        indexes = {name: socket.if_nametoindex(name) for name in devices}
+    except OSError as error:
+        known = ", ".join(name for _, name in socket.if_nameindex())
+        raise LoaderError(f"no such device among {', '.join(devices)}; this namespace has {known}") from error
+    features = probe()
+    ensure_bpffs(pins)
+    home = pins / f"v{layout.LAYOUT_VERSION}"
+    with one_at_a_time(pins):
+        maps, adopted = open_maps(home / "maps", sizes)
+        prepare_config(maps["config"], features.hz)
+        loaded = load_programs(maps, sizes, features)
+        check_programs(loaded)
+        pin_programs(loaded.fds, home / "progs")
+        attached = {name: asdict(attach.attach(pins, index, xdp)) for name, index in indexes.items()}
+    return {
+        "layout": layout.LAYOUT_VERSION,
+        "pins": str(home),
+        "sizes": asdict(sizes),
+        "maps": {"adopted": adopted, "created": len(maps) - adopted},
+        "programs": {
+            name: {"instructions": info.instructions, "verified": info.verified_instructions, "tag": info.tag}
+            for name, info in loaded.info.items()
+        },
+        "compile_s": round(loaded.compile_s, 3),
+        "load_s": round(loaded.load_s, 3),
+        "features": asdict(features),
+        "devices": attached,
+    }
+
+
+def _sizes(text: str) -> layout.Sizes:
+    known = asdict(layout.Sizes())
+    try:
+        given = json.loads(text)
+        wrong = [
+            f"{key}: {value!r}"
+            for key, value in given.items()
+            if key not in known or not isinstance(value, int)
+        ]
+    except (ValueError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text!r}") from error
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(wrong)}; keys are {', '.join(known)}, values whole numbers"
+        )
+    return layout.sized(**given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the loader."""
+    parser = argparse.ArgumentParser(
+        prog="bpf.loader", description="compile, load, pin and attach the data path"
+    )
+    parser.add_argument("--pins", type=Path, required=True, help="directory on (or for) a bpf file system")
+    parser.add_argument(
+        "--device", action="append", default=[], help="attach to this network device; may be repeated"
+    )
+    parser.add_argument(
+        "--xdp", choices=[mode.value for mode in attach.XdpMode], default=attach.XdpMode.AUTO.value
+    )
+    parser.add_argument(
+        "--sizes", type=_sizes, default=layout.Sizes(), help="JSON object: map sizes that differ"
+    )
+    parser.add_argument("--json", action="store_true", help="indent nothing (the answer is always JSON)")
+    options = parser.parse_args(argv)
+    try:
+        answer = load(options.pins, options.device, attach.XdpMode(options.xdp), options.sizes)
+    except (LoaderError, MissingFeatureError, LayoutMismatch, OSError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print("bpf loader: " + " | ".join(text.splitlines()), file=sys.stderr)
+        return 1
+    print(json.dumps(answer, indent=None if options.json else 2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+/* Empty: bcc wants the file to exist, nothing of ours needs what the kernel's one declares. */
