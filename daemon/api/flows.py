@@ -222,7 +222,7 @@ def _ours(flow: Flow) -> Json:
         "generation": flow.generation,
         "length": flow.length,
     }
-    if flow.verdict is not FlowVerdict.FORWARDED:
+    if flow.reason != "forwarded":
         found["reason"] = flow.reason
     if flow.rule is not None:
         found["rule"] = flow.rule

@@ -140,12 +140,10 @@ class Meaning(NamedTuple):
     verdict: FlowVerdict
     reason: str
     drop: DropReason  # NONE for what is allowed
-    judged: bool  # policy was asked; otherwise the parser refused the packet and the rule says nothing
+    judged: bool  # a cell of the policy decided; otherwise the event's rule says nothing
 
 
-_JUDGED = frozenset(
-    {Reason.FORWARDED, Reason.AUDITED, Reason.POLICY_DEFAULT, Reason.POLICY_DENY, Reason.FRAG_DENIED}
-)
+_JUDGED = frozenset({Reason.FORWARDED, Reason.POLICY_DEFAULT, Reason.POLICY_DENY})
 
 
 @lru_cache(maxsize=1024)
@@ -163,5 +161,5 @@ def meaning(kind: int, reason: int, verdict: int) -> Meaning:
         outcome,
         reason_name(reason),
         DropReason.NONE if allowed else drop_reason(reason),
-        allowed or reason in _JUDGED,
+        reason in _JUDGED,
     )

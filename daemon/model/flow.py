@@ -184,4 +184,7 @@ def summary(flow: Flow) -> str:
     else:
         name = proto_name(flow.proto)
         text = f"protocol {name}" if name.isdigit() else name
-    return f"{text}; {flow.reason}" if flow.drop and not flow.reason.startswith("policy-") else text
+    return text if flow.reason in _SAID_ELSEWHERE else f"{text}; {flow.reason}"
+
+
+_SAID_ELSEWHERE = ("forwarded", "policy-default", "policy-deny")

@@ -91,6 +91,19 @@ def test_a_packet_refused_by_the_parser_blames_no_rule(see, pack):
     assert summary(flow) == "TCP Flags: SYN; bad-ihl"
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason", "said"),
+    [
+        (EventKind.ALLOW, Reason.NOT_ENFORCED, "TCP Flags: SYN; not-enforced"),
+        (EventKind.DROP, Reason.FRAG_DENIED, "TCP Flags: SYN; frag-denied"),
+        (EventKind.DROP, Reason.FRAG_NO_FIRST, "TCP Flags: SYN; frag-no-first"),
+    ],
+)
+def test_where_no_cell_was_read_its_zero_is_not_taken_for_the_default_deny(see, pack, kind, reason, said):
+    flow = see(pack(kind=kind, reason=reason, rule=0))
+    assert (flow.rule, flow.restricting, summary(flow)) == (None, (), said)
+
+
 def test_a_name_of_another_identity_is_not_shown(see, tables, pack):
     tables.ips.put(IpKey(parse_prefix("10.2.1.7"), "mesh:beta"), IpRow(71_000, "someone-else", "mon", ""))
     assert see(pack(saddr="10.2.1.7", identity=70_000)).source.pod == ""
