@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from daemon.cli import flows
-from daemon.cli.flows import Style, compact, dictionary, lost_text, moment, printable, query, register, table
+from daemon.cli.flowlines import Style, compact, dictionary, lost_text, printable, table
+from daemon.cli.flows import moment, query, register
 
 PLAIN = Style(colour=False)
 
