@@ -838,9 +838,7 @@ class _Reader:
     ) -> str:
         """The kind of layer 7 part of a block (`http`, `dns`, `tls`, `listener`...), empty if there is none."""
         kind = (
-            self.layer7_rules(fields["rules"], f"{path}.rules", direction, scope)
-            if "rules" in fields
-            else ""
+            self.layer7_rules(fields["rules"], f"{path}.rules", direction, scope) if "rules" in fields else ""
         )
         if kind:
             self.layer7_ports(fields["rules"], f"{path}.ports", kind, ports)

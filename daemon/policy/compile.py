@@ -5,8 +5,8 @@ Two peers that match the same selectors are one class (a row); two ports that no
 strength the lowest number is named, so equal inputs give equal tables whatever their order.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from daemon.model.identity import Identity, Reserved
@@ -17,23 +17,38 @@ from daemon.model.rule import (
     CidrSelector,
     GroupSelector,
     LabelSelector,
-    NamedPort,
     Policy,
     PortMatch,
     PortRange,
     Rule,
+    RuleOrigin,
     Selector,
     Spec,
     SubjectKind,
 )
 from daemon.model.verdict import FIRST_RULE, CellFlag, FixedRule, Verdict, pack_cell, unpack_cell
 from daemon.policy import lower
-from daemon.policy.matching import CidrMatcher, LabelMatcher, Signature, cidr_prefixes, matches
+from daemon.policy.columns import ColumnBuilder, resolved
+from daemon.policy.matching import (
+    CidrMatcher,
+    Class,
+    LabelMatcher,
+    Signature,
+    Universe,
+    cidr_prefixes,
+    matches,
+)
 from daemon.policy.tables import Columns, Matrix, PolicyTables, Rows
 
 HOST = Identity(Reserved.HOST)
-_WITH_PORTS = (Proto.TCP, Proto.UDP, Proto.SCTP, Proto.ICMP, Proto.ICMPV6)
 _WORLDS = (Identity(Reserved.WORLD_IPV4), Identity(Reserved.WORLD_IPV6))
+MAX_LAYER = 256  # changed identities that a table set carries before they are folded in
+MAX_ATOMS = 50_000  # an index that has heard of more requirements than this is built anew
+_ALLOWED = pack_cell(Verdict.ALLOW, FixedRule.DEFAULT_ALLOW)
+_FAILSAFE = pack_cell(Verdict.ALLOW, FixedRule.FAILSAFE)
+_LOCALHOST = pack_cell(Verdict.ALLOW, FixedRule.LOCALHOST)
+_AUTH = pack_cell(Verdict(0), 0, CellFlag.AUTH)
+_HANDSHAKE = ("required", "test-always-fail")
 _INIT = Label(RESERVED, "init")
 
 
@@ -109,9 +124,19 @@ def compile_policy(
     subject: Subject,
     identities: Mapping[Identity, LabelSet],
     settings: CompileSettings,
+    previous: "Compiled | None" = None,
 ) -> "Compiled":
-    """What the policies mean for the subject, for every identity and every address. Pure; order does not matter."""
-    return _Compiler(policies, groups, subject, settings).tables(identities)
+    """What the policies mean for the subject, for every identity and every address; order does not matter.
+
+    The tables depend on the other arguments only: `previous` (any earlier result) lends its index of identities, which
+    makes a change of policy cheap.
+    """
+    universe = previous.compiler.universe if previous is not None else Universe()
+    if len(universe) > MAX_ATOMS:
+        universe = Universe()
+    compiler = Compiler(policies, groups, subject, settings, universe)
+    universe.update(identities)
+    return compiler.tables()
 
 
 def add_identities(
@@ -123,22 +148,23 @@ def add_identities(
 
 @dataclass(frozen=True, slots=True)
 class Compiled(PolicyTables):
-    """PolicyTables that remember how to take further identities."""
+    """PolicyTables that remember how to take further identities and how to explain themselves."""
 
-    compiler: "_Compiler" = field(compare=False, repr=False, kw_only=True)
+    compiler: "Compiler" = field(compare=False, repr=False, kw_only=True)
 
 
-class _Numbered(NamedTuple):
-    """A selected rule with its number and its ports in columns."""
+class Numbered(NamedTuple):
+    """A selected rule with its number, the numbers of its selectors (None: anybody) and its columns."""
 
     number: int
     rule: Rule
-    columns: tuple[int, ...]
-    layer7_columns: tuple[int, ...]
+    peers: tuple[int, ...] | None
+    columns: Sequence[int]
+    layer7_columns: Sequence[int]
 
 
-class _Compiler:
-    """Everything about a policy set that does not depend on which identities exist."""
+class Compiler:
+    """A policy set for one subject: everything that does not depend on which identities exist."""
 
     def __init__(
         self,
@@ -146,49 +172,80 @@ class _Compiler:
         groups: Mapping[str, CidrGroup],
         subject: Subject,
         settings: CompileSettings,
+        universe: Universe,
     ) -> None:
         self.settings = settings
         self.subject = subject
-        chosen = selected_specs(policies, subject)
-        rules = [rule for _, spec in chosen for rule in spec.rules]
+        self.universe = universe
+        self.chosen = selected_specs(policies, subject)
+        rules = [rule for _, spec in self.chosen for rule in spec.rules]
         self.rules = {FIRST_RULE + at: rule.origin for at, rule in enumerate(rules)}
         self._selectors: dict[Selector, int] = {}
-        self._peers = [self._numbers(rule.peers) for rule in rules]
+        self._bound: dict[Selector, int] = {}  # as written -> number
+        peers = [self._numbers(rule.peers) for rule in rules]
         failsafe = [self._failsafe_peers(one) for one in settings.failsafe]
         self._index(groups)
-        specs = [spec for _, spec in chosen]
-        enforced = [spec for policy, spec in chosen if policy.title not in settings.audit_policies]
-        everything = enforcement(specs, subject, settings.mode)
-        without_audited = enforcement(enforced, subject, settings.mode)
         self.directions = tuple(
-            _Direction(
-                direction,
-                [
-                    (FIRST_RULE + at, rule, self._peers[at])
-                    for at, rule in enumerate(rules)
-                    if rule.direction is direction
-                ],
-                [
-                    (one, peers)
-                    for one, peers in zip(settings.failsafe, failsafe, strict=True)
-                    if one.direction is direction
-                ],
-                everything[0][direction],
-                everything[1][direction],
-                (without_audited[0][direction], without_audited[1][direction]),
-                settings,
-            )
-            for direction in Direction
+            _Direction(self._plan(direction, rules, peers, failsafe)) for direction in Direction
+        )
+
+    def _plan(
+        self,
+        direction: Direction,
+        rules: Sequence[Rule],
+        peers: Sequence[tuple[int, ...] | None],
+        failsafe: Sequence[tuple[int, ...] | None],
+    ) -> "_Plan":
+        settings = self.settings
+        specs = [spec for _, spec in self.chosen]
+        kept = [spec for policy, spec in self.chosen if policy.title not in settings.audit_policies]
+        enforced, default_deny = enforcement(specs, self.subject, settings.mode)
+        kept_enforced, kept_default_deny = enforcement(kept, self.subject, settings.mode)
+        columns = ColumnBuilder(settings.named_ports)
+        found, safe = [], []
+        if enforced[direction]:
+            found = [
+                (FIRST_RULE + at, rule, peers[at], columns.add(rule.ports), columns.add(rule.layer7_ports))
+                for at, rule in enumerate(rules)
+                if rule.direction is direction
+            ]
+            safe = [
+                (peers_, columns.add((PortRange(one.proto, one.port, one.port),)))
+                for one, peers_ in zip(settings.failsafe, failsafe, strict=True)
+                if one.direction is direction
+            ]
+        built = columns.build()
+        return _Plan(
+            direction,
+            enforced[direction],
+            default_deny[direction],
+            (kept_enforced[direction], kept_default_deny[direction]),
+            built,
+            [
+                Numbered(number, rule, who, columns.of(plain), columns.of(layer7))
+                for number, rule, who, plain, layer7 in found
+            ],
+            [(who, columns.of(ports)) for who, ports in safe],
+            frozenset(number for number, rule, *_ in found if rule.origin.policy in settings.audit_policies),
         )
 
     def _numbers(self, peers: Sequence[Selector] | None) -> tuple[int, ...] | None:
         """The numbers of a rule's selectors; equal selectors share one."""
         if peers is None:
             return None
-        bound = [self._bind(one) if isinstance(one, LabelSelector) else one for one in peers]
-        return tuple(dict.fromkeys(self._selectors.setdefault(one, len(self._selectors)) for one in bound))
+        return tuple(dict.fromkeys([self._number(one) for one in peers]))
 
-    def _bind(self, selector: LabelSelector) -> LabelSelector:
+    def _number(self, selector: Selector) -> int:
+        number = self._bound.get(selector)
+        if number is None:
+            bound = self.bind(selector)
+            number = self._bound[selector] = self._selectors.setdefault(bound, len(self._selectors))
+        return number
+
+    def bind(self, selector: Selector) -> Selector:
+        """The selector as this cluster reads it."""
+        if not isinstance(selector, LabelSelector):
+            return selector
         local = self.settings.default_local_cluster
         return lower.bind_cluster(selector, self.settings.cluster_name, default_local=local)
 
@@ -196,14 +253,20 @@ class _Compiler:
         return self._numbers([CidrSelector(prefix) for prefix in one.prefixes]) if one.prefixes else None
 
     def _index(self, groups: Mapping[str, CidrGroup]) -> None:
-        self._labels = LabelMatcher(
-            {number: one for one, number in self._selectors.items() if isinstance(one, LabelSelector)}
-        )
+        labels = {number: one for one, number in self._selectors.items() if isinstance(one, LabelSelector)}
+        self.universe.ask(labels.values())
+        self._labels = LabelMatcher(self.universe, labels)
         self._cidrs = CidrMatcher()
         for selector, number in self._selectors.items():
             if isinstance(selector, CidrSelector | GroupSelector):
                 self._cidrs.add(number, cidr_prefixes(selector, groups), selector.excepts)
-        self._cidrs.name([WORLD4, WORLD6, *self._labels.cidr_prefixes])
+        self._cidr_keys = [
+            prefix
+            for one in labels.values()
+            for requirement in one.requirements
+            if requirement.source == CIDR and (prefix := lower.label_prefix(requirement.key)) is not None
+        ]
+        self._cidrs.name([WORLD4, WORLD6, *self._cidr_keys])
 
     # --- signatures ---------------------------------------------------------------------------------------
 
@@ -214,9 +277,17 @@ class _Compiler:
 
     def signature(self, identity: Identity, labels: LabelSet) -> Signature:
         """The selectors that an identity matches."""
-        numbers = set(self._labels.match(labels))
-        if self.settings.dual_stack and identity in _WORLDS:
-            numbers.update(self._labels.match([Label(RESERVED, lower.WORLD)]))
+        return self._class_signature(self.universe.classify(identity, labels))
+
+    def _class_signature(self, one: Class) -> Signature:
+        found = self._labels.match(one.mask)
+        if one.outside is not None:
+            found = list({*found, *self._outside(*one.outside)})
+        found.sort()
+        return tuple(found)
+
+    def _outside(self, identity: Identity, labels: LabelSet) -> list[int]:
+        """What an identity matches beyond its labels: CIDR selectors, and for the worlds the selectors of `world`."""
         mask = 0
         for label in labels:
             if label.source == CIDR:
@@ -225,212 +296,248 @@ class _Compiler:
         for family in (4, 6):
             if self.world_label(family) in labels:
                 mask |= self._cidrs.whole.get(family, 0)
-        numbers.update(self._cidrs.numbers(mask))
-        return tuple(sorted(numbers))
+        found = self._cidrs.numbers(mask)
+        if self.settings.dual_stack and identity in _WORLDS:
+            found += self._labels.match(self.universe.mask_of([Label(RESERVED, lower.WORLD)]))
+        return found
 
-    def prefix_signature(
-        self, family: int, mask: int, whole: bool, cidr_labels: frozenset[Label]
-    ) -> Signature:
-        """The selectors that addresses of a prefix match; `whole` for the family's /0 itself."""
-        numbers = set(self._labels.match([self.world_label(family), *cidr_labels]))
-        if whole and self.settings.dual_stack:
-            numbers.update(self._labels.match([Label(RESERVED, lower.WORLD)]))
-        numbers.update(self._cidrs.numbers(mask))
-        return tuple(sorted(numbers))
+    def _prefix_signature(self, prefix: Prefix, mask: int) -> Signature:
+        """The selectors that the addresses match whose longest named prefix this is."""
+        labels = [self.world_label(prefix.family)]
+        if self._cidr_keys and prefix.length:
+            labels.append(Label(CIDR, lower.cidr_label_key(prefix)))
+        found = {*self._labels.match(self.universe.mask_of(labels)), *self._cidrs.numbers(mask)}
+        if prefix.length == 0 and self.settings.dual_stack:
+            found.update(self._labels.match(self.universe.mask_of([Label(RESERVED, lower.WORLD)])))
+        return tuple(sorted(found))
+
+    def _prefix_groups(self) -> tuple[dict[Prefix, int], list[Signature]]:
+        """Every prefix that policy names -> its group, and the selectors of each group."""
+        signatures: dict[Signature, int] = {}
+        found = self._cidrs.sweep()
+        if self._cidr_keys:
+            return {
+                prefix: signatures.setdefault(self._prefix_signature(prefix, mask), len(signatures))
+                for prefix, mask in found.items()
+            }, list(signatures)
+        by_mask: dict[tuple[int, int, bool], int] = {}
+        for prefix, mask in found.items():
+            key = (prefix.family, mask, prefix.length == 0)
+            group = by_mask.get(key)
+            if group is None:
+                signature = self._prefix_signature(prefix, mask)
+                group = by_mask[key] = signatures.setdefault(signature, len(signatures))
+            found[prefix] = group
+        return found, list(signatures)
 
     # --- tables -------------------------------------------------------------------------------------------
 
-    def tables(self, identities: Mapping[Identity, LabelSet]) -> Compiled:
-        """From scratch: rows are numbered in the order of their classes, not of the identities."""
-        of_identity = {identity: self.signature(identity, labels) for identity, labels in identities.items()}
+    def tables(self) -> Compiled:
+        """From scratch for the identities of the universe: rows are numbered by their classes, not by identities."""
+        universe = self.universe
+        of_class = {number: self._class_signature(one) for number, one in universe.live_classes()}
         prefixes, of_group = self._prefix_groups()
-        wanted = sorted({(), *of_identity.values(), *of_group})
         ingress, egress = (_Rows(one) for one in self.directions)
-        host = of_identity.get(HOST)
-        rows = {one: Rows(ingress.at(one), egress.at(one)) for one in wanted}
-        found = {identity: rows[one] for identity, one in of_identity.items()}
-        if host is not None:
-            found[HOST] = Rows(ingress.at(host, localhost=self._localhost), egress.at(host))
+        rows = {
+            one: Rows(ingress.at(one), egress.at(one)) for one in sorted({(), *of_class.values(), *of_group})
+        }
+        by_class = {number: rows[one] for number, one in of_class.items()}
+        identities = {identity: by_class[number] for identity, number in universe.class_of.items()}
+        if HOST in identities and self.localhost:
+            signature = of_class[universe.class_of[HOST]]
+            identities[HOST] = Rows(ingress.at(signature, localhost=True), egress.at(signature))
         return Compiled(
             ingress=ingress.matrix(),
             egress=egress.matrix(),
             rules=self.rules,
-            identities=found,
+            identities=identities,
             prefixes=prefixes,
             groups=tuple(rows[one] for one in of_group),
             unknown=rows[()],
             compiler=self,
         )
 
-    @property
-    def _localhost(self) -> bool:
-        """Whether this host reaches the subject without a rule."""
-        return self.settings.allow_localhost and self.subject.identity != HOST
-
-    def _prefix_groups(self) -> tuple[dict[Prefix, int], list[Signature]]:
-        """Every prefix that policy names -> its group, and the selectors of each group."""
-        by_key: dict[tuple[int, int, bool, frozenset[Label]], int] = {}
-        signatures: dict[Signature, int] = {}
-        found: dict[Prefix, int] = {}
-        labelled = bool(self._labels.cidr_prefixes)
-        for prefix, mask in self._cidrs.sweep().items():
-            named = (
-                frozenset({Label(CIDR, lower.cidr_label_key(prefix))})
-                if labelled and prefix.length
-                else frozenset()
-            )
-            key = (prefix.family, mask, prefix.length == 0, named)
-            group = by_key.get(key)
-            if group is None:
-                signature = self.prefix_signature(prefix.family, mask, prefix.length == 0, named)
-                group = by_key[key] = signatures.setdefault(signature, len(signatures))
-            found[prefix] = group
-        return found, list(signatures)
-
     def changed(
         self, compiled: Compiled, added: Mapping[Identity, LabelSet], removed: Iterable[Identity]
     ) -> Compiled:
         """See add_identities."""
-        ingress, egress = (
-            _Rows(one, matrix)
-            for one, matrix in zip(self.directions, (compiled.ingress, compiled.egress), strict=True)
-        )
-        identities = dict(compiled.identities)
-        for identity in removed:
-            identities.pop(identity, None)
+        gone = list(removed)
+        self.universe.change(added, gone)
+        matrices = (compiled.ingress, compiled.egress)
+        ingress, egress = (_Rows(*one) for one in zip(self.directions, matrices, strict=True))
+        found: dict[Identity, Rows] = {}
         for identity, labels in added.items():
             one = self.signature(identity, labels)
-            localhost = identity == HOST and self._localhost
-            identities[identity] = Rows(ingress.at(one, localhost=localhost), egress.at(one))
-        return Compiled(
+            localhost = identity == HOST and self.localhost
+            found[identity] = Rows(ingress.at(one, localhost=localhost), egress.at(one))
+        return replace(
+            compiled,
             ingress=ingress.matrix(),
             egress=egress.matrix(),
-            rules=compiled.rules,
-            identities=identities,
-            prefixes=compiled.prefixes,
-            groups=compiled.groups,
-            unknown=compiled.unknown,
-            compiler=self,
+            identities=Layered.over(compiled.identities, found, gone),
         )
+
+    # --- answers for explain.py ---------------------------------------------------------------------------
+
+    def ranges(self, ports: Iterable[PortMatch]) -> list[PortRange]:
+        """Ports with names resolved."""
+        return resolved(ports, self.settings.named_ports)
+
+    def address_signature(self, address: Prefix) -> Signature:
+        """The selectors that an address outside matches: those of its longest named prefix."""
+        masks = self._cidrs.masks or self._cidrs.sweep()
+        for length in range(address.length, -1, -1):
+            shift = address.width - length
+            prefix = Prefix(address.family, address.address >> shift << shift, length)
+            if prefix in masks:
+                return self._prefix_signature(prefix, masks[prefix])
+        return ()
+
+    def restricting(self, direction: Direction) -> tuple[RuleOrigin, ...]:
+        """The first rule of each spec that asks for default deny in a direction."""
+        asking = [spec for _, spec in self.chosen if spec.default_deny[direction]]
+        return tuple(
+            next(rule.origin for rule in spec.rules if rule.direction is direction) for spec in asking
+        )
+
+    @property
+    def localhost(self) -> bool:
+        """Whether this host reaches the subject without a rule."""
+        return self.settings.allow_localhost and self.subject.identity != HOST
 
 
 class _Rows:
-    """The rows of one matrix while it grows: equal rows are one."""
+    """The rows of one matrix while it grows: equal rows are one, known rows keep their numbers."""
 
     def __init__(self, direction: "_Direction", known: Matrix | None = None) -> None:
         self._direction = direction
+        self._known = known
         self._rows: list[tuple[int, ...]] = list(known.rows) if known is not None else []
-        self._numbers = {row: at for at, row in enumerate(self._rows)}
-        self._by_signature: dict[tuple[Signature, bool], int] = {}
+        self._grown = known is None
 
     def at(self, signature: Signature, *, localhost: bool = False) -> int:
         """The number of the row of a class."""
-        key = (signature, localhost)
-        number = self._by_signature.get(key)
-        if number is None:
-            row = self._direction.row(signature, localhost=localhost)
-            number = self._numbers.setdefault(row, len(self._rows))
-            if number == len(self._rows):
-                self._rows.append(row)
-            self._by_signature[key] = number
+        row = self._direction.row(signature, localhost=localhost)
+        numbers = self._direction.numbers
+        number = numbers.get(row)
+        if number is None or number >= len(self._rows) or self._rows[number] != row:
+            number = self._find(row)
+            numbers[row] = number
         return number
 
+    def _find(self, row: tuple[int, ...]) -> int:
+        """Only asked when the shared numbering does not know: the row is new, or `compiled` is not the latest."""
+        if self._known is not None and row in self._rows:
+            return self._rows.index(row)
+        self._rows.append(row)
+        self._grown = True
+        return len(self._rows) - 1
+
     def matrix(self) -> Matrix:
-        one = self._direction
+        one = self._direction.plan
+        if not self._grown and self._known is not None:
+            return self._known
         return Matrix(one.enforced, one.default_deny, one.columns, tuple(self._rows))
 
 
-class _Direction:
-    """The rules of one direction with their columns, ready to paint rows."""
+class _Plan(NamedTuple):
+    """The rules of one direction with their columns."""
 
-    def __init__(
-        self,
-        direction: Direction,
-        rules: Sequence[tuple[int, Rule, tuple[int, ...] | None]],
-        failsafe: Sequence[tuple[Failsafe, tuple[int, ...] | None]],
-        enforced: bool,
-        default_deny: bool,
-        without_audited: tuple[bool, bool],
-        settings: CompileSettings,
-    ) -> None:
-        self.direction = direction
-        self.enforced = enforced
-        self.default_deny = default_deny
-        self._without_audited = without_audited
-        if not enforced:
-            rules, failsafe = (), ()
-        columns = _ColumnBuilder()
-        resolved = [
-            (columns.add(rule.ports, settings), columns.add(rule.layer7_ports, settings))
-            for _, rule, _ in rules
-        ]
-        safe = [columns.add((PortRange(one.proto, one.port, one.port),), settings) for one, _ in failsafe]
-        self.columns = columns.build()
-        self._rules: dict[int, _Numbered] = {}
+    direction: Direction
+    enforced: bool
+    default_deny: bool
+    without_audited: tuple[bool, bool]  # enforced, default deny
+    columns: Columns
+    rules: list[Numbered]
+    failsafe: list[tuple[tuple[int, ...] | None, Sequence[int]]]
+    audited: frozenset[int]
+
+
+class _Direction:
+    """Paints the rows of one direction."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+        self.numbers: dict[tuple[int, ...], int] = {}  # row -> number in the latest tables
+        self._rows: dict[tuple[frozenset[int], frozenset[int], bool], tuple[int, ...]] = {}
+        self._by_number = {one.number: one for one in plan.rules}
+        self._anybody = [one.number for one in plan.rules if one.peers is None]
         self._by_selector: dict[int, list[int]] = {}
-        self._anybody: list[int] = []
-        for (number, rule, peers), (plain, layer7) in zip(rules, resolved, strict=True):
-            self._rules[number] = _Numbered(number, rule, columns.of(plain), columns.of(layer7))
-            if peers is None:
-                self._anybody.append(number)
-            for selector in peers or ():
-                self._by_selector.setdefault(selector, []).append(number)
-        self._failsafe = [
-            (peers, columns.of(ports)) for (_, peers), ports in zip(failsafe, safe, strict=True)
-        ]
-        self._audited = frozenset(
-            number for number, rule, _ in rules if rule.origin.policy in settings.audit_policies
-        )
+        for one in plan.rules:
+            for selector in one.peers or ():
+                self._by_selector.setdefault(selector, []).append(one.number)
+        self._cells = {
+            one.number: pack_cell(Verdict.DENY if one.rule.deny else Verdict.ALLOW, one.number)
+            for one in plan.rules
+        }
 
     def row(self, signature: Signature, *, localhost: bool) -> tuple[int, ...]:
         """The cells of a class."""
-        numbers = {number for selector in signature for number in self._by_selector.get(selector, ())}
-        numbers.update(self._anybody)
-        cells = self._paint(sorted(numbers, reverse=True), (self.enforced, self.default_deny), localhost)
-        if self._audited:
-            kept = sorted(numbers - self._audited, reverse=True)
-            cells = _audit(self._paint(kept, self._without_audited, localhost), cells)
-        for peers, columns in self._failsafe:
-            if peers is None or not set(peers).isdisjoint(signature):
-                for column in columns:
-                    cells[column] = pack_cell(Verdict.ALLOW, FixedRule.FAILSAFE)
+        numbers = set(self._anybody)
+        by_selector = self._by_selector
+        for selector in signature:
+            if selector in by_selector:
+                numbers.update(by_selector[selector])
+        safe = frozenset(
+            at
+            for at, (peers, _) in enumerate(self.plan.failsafe)
+            if peers is None or not set(peers).isdisjoint(signature)
+        )
+        key = (frozenset(numbers), safe, localhost)
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = self._painted(*key)
+        return row
+
+    def _painted(self, numbers: frozenset[int], safe: frozenset[int], localhost: bool) -> tuple[int, ...]:
+        plan = self.plan
+        cells = self._paint(sorted(numbers, reverse=True), (plan.enforced, plan.default_deny), localhost)
+        if plan.audited:
+            kept = sorted(numbers - plan.audited, reverse=True)
+            cells = _audit(self._paint(kept, plan.without_audited, localhost), cells)
+        for at in safe:
+            for column in plan.failsafe[at][1]:
+                cells[column] = _FAILSAFE
         return tuple(cells)
 
     def _paint(self, numbers: Sequence[int], state: tuple[bool, bool], localhost: bool) -> list[int]:
         """Weak before strong, high numbers before low: what is painted last stays."""
         enforced, default_deny = state
-        default = pack_cell(Verdict.ALLOW, FixedRule.DEFAULT_ALLOW)
-        if enforced and default_deny:
-            default = pack_cell(Verdict.DEFAULT_DENY, int(self.direction))
-            if localhost and self.direction is Direction.INGRESS:
-                default = pack_cell(Verdict.ALLOW, FixedRule.LOCALHOST)
-        cells = [default] * self.columns.count
         if not enforced:
-            return cells
-        found = [self._rules[number] for number in numbers]
-        allows = [one for one in found if not one.rule.deny]
-        for one in allows:
-            cell = pack_cell(Verdict.ALLOW, one.number)
+            return [_ALLOWED] * self.plan.columns.count
+        cells = [self._default(default_deny, localhost)] * self.plan.columns.count
+        found = [self._by_number[number] for number in numbers]
+        layer7, auth, denies = [], [], []
+        for one in found:
+            if one.rule.deny:
+                denies.append(one)
+                continue
+            cell = self._cells[one.number]
             for column in one.columns:
                 cells[column] = cell
-        for one in allows:
+            if one.layer7_columns:
+                layer7.append(one)
+            if one.rule.auth in _HANDSHAKE:
+                auth.append(one)
+        for one in layer7:
             cell = pack_cell(Verdict.REDIRECT, one.number)
             for column in one.layer7_columns:
                 cells[column] = cell
-        self._authenticate(allows, cells)
-        for one in found:
-            if one.rule.deny:
-                cell = pack_cell(Verdict.DENY, one.number)
-                for column in one.columns:
-                    cells[column] = cell
+        for one in auth:
+            for column in (*one.columns, *one.layer7_columns):
+                cells[column] |= _AUTH
+        for one in denies:
+            cell = self._cells[one.number]
+            for column in one.columns:
+                cells[column] = cell
         return cells
 
-    def _authenticate(self, allows: Sequence[_Numbered], cells: list[int]) -> None:
-        flag = pack_cell(Verdict(0), 0, CellFlag.AUTH)
-        for one in allows:
-            if one.rule.auth in ("required", "test-always-fail"):
-                for column in (*one.columns, *one.layer7_columns):
-                    cells[column] |= flag
+    def _default(self, default_deny: bool, localhost: bool) -> int:
+        if not default_deny:
+            return _ALLOWED
+        if localhost and self.plan.direction is Direction.INGRESS:
+            return _LOCALHOST
+        return pack_cell(Verdict.DEFAULT_DENY, int(self.plan.direction))
 
 
 def _audit(enforced: Sequence[int], everything: Sequence[int]) -> list[int]:
@@ -444,79 +551,46 @@ def _audit(enforced: Sequence[int], everything: Sequence[int]) -> list[int]:
     return cells
 
 
-class _ColumnBuilder:
-    """Port classes: two ports are one class when the same port lists hold them."""
+class Layered(Mapping[Identity, Rows]):
+    """A mapping over a large one with a few changes, so that one identity does not cost a copy of all others."""
 
-    def __init__(self) -> None:
-        self._lists: dict[tuple[PortRange, ...] | None, int] = {None: 0}
-        self._columns: dict[int, int] = {0: 0}  # mask of port lists -> column
+    __slots__ = ("_base", "_changes")
 
-    def add(self, ports: Sequence[PortMatch] | None, settings: CompileSettings) -> int:
-        """The number of a port list; None is every port."""
-        if ports is None:
-            return 0
-        return self._lists.setdefault(_merged(_resolved(ports, settings)), len(self._lists))
+    def __init__(self, base: Mapping[Identity, Rows], changes: Mapping[Identity, Rows | None]) -> None:
+        self._base = base
+        self._changes = changes
 
-    def build(self) -> Columns:
-        """Sweep each protocol's ranges once."""
-        edges: dict[int, dict[int, int]] = {proto: {} for proto in _WITH_PORTS}
-        whole: dict[int, int] = {}
-        for ranges, number in self._lists.items():
-            for one in ranges or ():
-                if one.whole:
-                    whole[one.proto] = whole.get(one.proto, 0) | 1 << number
-                if one.proto in edges:
-                    at = edges[one.proto]
-                    at[one.first] = at.get(one.first, 0) ^ 1 << number
-                    at[one.last + 1] = at.get(one.last + 1, 0) ^ 1 << number
-        cuts: dict[Proto, tuple[int, ...]] = {}
-        columns: dict[Proto, tuple[int, ...]] = {}
-        for proto in _WITH_PORTS:
-            cuts[proto], columns[proto] = self._sweep(edges[proto], 0x100 if proto in (1, 58) else 0x10000)
-        protocols = {proto: self._column(mask) for proto, mask in sorted(whole.items())}
-        return Columns(cuts, columns, protocols, len(self._columns))
-
-    def _sweep(self, edges: Mapping[int, int], end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        mask, cuts, columns = 0, [0], [0]
-        for edge in sorted(edges):
-            if edge >= end:
-                break
-            mask ^= edges[edge]
-            column = self._column(mask)
-            if edge == 0:
-                columns[0] = column
-            elif column != columns[-1]:
-                cuts.append(edge)
-                columns.append(column)
-        return tuple(cuts), tuple(columns)
-
-    def _column(self, mask: int) -> int:
-        return self._columns.setdefault(mask, len(self._columns))
-
-    def of(self, number: int) -> tuple[int, ...]:
-        """The columns of a port list, after `build`."""
-        if number == 0:
-            return tuple(self._columns.values())
-        return tuple(column for mask, column in self._columns.items() if mask >> number & 1)
-
-
-def _resolved(ports: Iterable[PortMatch], settings: CompileSettings) -> list[PortRange]:
-    found = []
-    for one in ports:
-        if isinstance(one, NamedPort):
-            named = settings.named_ports.get(one.name, ())
-            found += [PortRange(proto, port, port) for proto, port in named if proto in one.protocols]
+    @classmethod
+    def over(
+        cls, known: Mapping[Identity, Rows], added: Mapping[Identity, Rows], removed: Iterable[Identity]
+    ) -> "Mapping[Identity, Rows]":
+        """`known` without `removed` and with `added`; flattened when the changes become many."""
+        gone: dict[Identity, Rows | None] = dict.fromkeys(removed)
+        if isinstance(known, Layered):
+            base, changes = known._base, {**known._changes, **gone, **added}
         else:
-            found.append(one)
-    return found
+            base, changes = known, {**gone, **added}
+        if len(changes) <= MAX_LAYER:
+            return cls(base, changes)
+        flat = dict(base)
+        for identity, rows in changes.items():
+            if rows is None:
+                flat.pop(identity, None)
+            else:
+                flat[identity] = rows
+        return flat
 
+    def __getitem__(self, identity: Identity) -> Rows:
+        if identity in self._changes:
+            rows = self._changes[identity]
+            if rows is None:
+                raise KeyError(identity)
+            return rows
+        return self._base[identity]
 
-def _merged(ranges: Iterable[PortRange]) -> tuple[PortRange, ...]:
-    """Ascending and disjoint, adjacent ones joined."""
-    found: list[PortRange] = []
-    for one in sorted(ranges):
-        if found and found[-1].proto == one.proto and one.first <= found[-1].last + 1:
-            found[-1] = PortRange(one.proto, found[-1].first, max(found[-1].last, one.last))
-        else:
-            found.append(one)
-    return tuple(found)
+    def __iter__(self) -> Iterator[Identity]:
+        yield from (one for one in self._base if one not in self._changes)
+        yield from (one for one, rows in self._changes.items() if rows is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

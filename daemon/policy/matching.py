@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from daemon.model.labels import CIDR, Label, LabelSet
+from daemon.model.identity import Identity
+from daemon.model.labels import CIDR, RESERVED, Label, LabelSet
 from daemon.model.net import Prefix
 from daemon.model.rule import (
     ANY_SOURCE,
@@ -49,116 +51,296 @@ def matches(selector: LabelSelector, labels: LabelSet) -> bool:
     return all(holds(one, labels) for one in selector.requirements)
 
 
-@dataclass(slots=True)
-class _Entry:
-    """What one label makes true: a mask of atoms, and the selectors that wait for one of them."""
-
-    mask: int
-    waiting: tuple[int, ...]
-
-
-_NOTHING = _Entry(0, ())
+SPECIAL = 1  # bit of a mask: the identity has labels that prefixes are matched by
 _POSITIVE = {Op.NOT_IN: Op.IN, Op.NOT_EXISTS: Op.EXISTS}
+_WORLD_KEYS = frozenset({"world", "world-ipv4", "world-ipv6"})
 
 
-class LabelMatcher:
-    """Label selectors, indexed so that a label set is tested only against selectors that share a label with it.
+class Class(NamedTuple):
+    """Identities that no selector tells apart: the atoms that hold, and what prefixes are matched by.
 
-    Every requirement is an atom (a bit) or the negation of one; a label makes a fixed mask of atoms true, which is
-    computed once per distinct label. A selector waits under one of the atoms it needs.
+    outside: only for identities with `cidr:` or world labels, their labels and number.
     """
 
-    def __init__(self, selectors: Mapping[int, LabelSelector]) -> None:
-        self._atoms: dict[Requirement, int] = {}
-        self._by_key: dict[str, list[tuple[Requirement, int]]] = {}
+    mask: int
+    outside: tuple[Identity, LabelSet] | None = None
+
+
+@dataclass(slots=True)
+class _KeyAtoms:
+    """The atoms that ask about one label key, as (source, bit)."""
+
+    exists: list[tuple[str, int]] = field(default_factory=list)
+    values: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    others: list[tuple[str, tuple[str, ...], int]] = field(default_factory=list)  # present with another value
+
+
+class Universe:
+    """All identities, grouped by the atoms that hold for them.
+
+    An atom is one requirement without its negation; it gets a bit. A label makes a fixed mask of bits true, computed
+    once per distinct label, so that an identity costs one look-up per label. The grouping is a cache: it depends on
+    the identities and on every requirement ever asked for, and a finer grouping never changes an answer.
+    """
+
+    def __init__(self) -> None:
+        self.labels: dict[Identity, LabelSet] = {}
+        self.class_of: dict[Identity, int] = {}
+        self.classes: list[Class] = []
+        self._numbers: dict[Class, int] = {}
+        self._sizes: list[int] = []
+        self._bits: dict[Requirement, int] = {}
+        self._by_key: dict[str, _KeyAtoms] = {}
         self._cidr_atoms: list[tuple[Prefix, Requirement, int]] = []
-        self._need: dict[int, int] = {}
-        self._forbid: dict[int, int] = {}
-        self._waiting: dict[int, list[int]] = {}  # atom -> selectors
-        self._always: list[int] = []  # selectors that need no label
-        self._entries: dict[Label, _Entry] = {}
-        uses: dict[Requirement, int] = {}
-        for selector in selectors.values():
-            for requirement in selector.requirements:
-                uses[requirement] = uses.get(requirement, 0) + 1
-        for number, selector in selectors.items():
-            self._add(number, selector, uses)
+        self._masks: dict[Label, int] = {}
+        self._holders: dict[Label, list[Identity]] = {}  # may name identities that lost the label since
+        self._by_name: dict[str, set[Label]] = {}
+        self._stale = 0  # entries of _holders that may be wrong
+
+    def __len__(self) -> int:
+        return len(self._bits)
 
     @property
     def cidr_prefixes(self) -> list[Prefix]:
         """The prefixes that `cidr:` keys name."""
         return [prefix for prefix, _, _ in self._cidr_atoms]
 
-    def _add(self, number: int, selector: LabelSelector, uses: Mapping[Requirement, int]) -> None:
-        need = forbid = 0
-        needed: list[tuple[int, int]] = []
-        for requirement in selector.requirements:
-            if requirement.op is Op.IN_OR_ABSENT:  # its atom is the opposite: present with another value
-                forbid |= 1 << self._atom(requirement)
-            elif requirement.op in _POSITIVE:
-                forbid |= 1 << self._atom(requirement._replace(op=_POSITIVE[requirement.op]))
-            else:
-                atom = self._atom(requirement)
-                need |= 1 << atom
-                needed.append((uses[requirement], atom))
-        self._need[number], self._forbid[number] = need, forbid
-        if needed:
-            self._waiting.setdefault(min(needed)[1], []).append(number)
+    # --- atoms --------------------------------------------------------------------------------------------
+
+    def ask(self, selectors: Iterable[LabelSelector]) -> None:
+        """Make sure that the grouping tells apart what these selectors tell apart."""
+        fresh: dict[str, list[Requirement]] = {}
+        for selector in selectors:
+            for requirement in selector.requirements:
+                atom = positive(requirement)
+                if atom not in self._bits:
+                    self._register(atom)
+                    fresh.setdefault(CIDR if atom.source == CIDR else atom.key, []).append(atom)
+        if not fresh:
+            return
+        for label in [one for one in self._masks if one.key in fresh or one.source == CIDR]:
+            del self._masks[label]
+        if self.labels:
+            self._regroup(fresh)
+
+    def bit(self, requirement: Requirement) -> int:
+        """The bit of a requirement's atom."""
+        return self._bits[positive(requirement)]
+
+    def _register(self, atom: Requirement) -> None:
+        bit = self._bits[atom] = 2 << len(self._bits)  # bit 0 is SPECIAL
+        prefix = label_prefix(atom.key) if atom.source == CIDR else None
+        if prefix is not None:
+            self._cidr_atoms.append((prefix, atom, bit))
+            return
+        at = self._by_key.setdefault(atom.key, _KeyAtoms())
+        if atom.op is Op.EXISTS:
+            at.exists.append((atom.source, bit))
+        elif atom.op is Op.IN:
+            for value in atom.values:
+                at.values.setdefault(value, []).append((atom.source, bit))
         else:
-            self._always.append(number)
+            at.others.append((atom.source, atom.values, bit))
 
-    def _atom(self, requirement: Requirement) -> int:
-        atom = self._atoms.get(requirement)
-        if atom is None:
-            atom = self._atoms[requirement] = len(self._atoms)
-            prefix = label_prefix(requirement.key) if requirement.source == CIDR else None
-            if prefix is not None:
-                self._cidr_atoms.append((prefix, requirement, atom))
-            else:
-                self._by_key.setdefault(requirement.key, []).append((requirement, atom))
-        return atom
+    def _regroup(self, fresh: Mapping[str, Sequence[Requirement]]) -> None:
+        """Move the identities that new atoms tell apart; a class that moves as a whole keeps its number."""
+        touched: set[Identity] = set()
+        for key, atoms in fresh.items():
+            if key == CIDR or any(one.op is Op.IN_OR_ABSENT for one in atoms):
+                touched.update(self.labels)
+                continue
+            for label in self._by_name.get(key, ()):
+                if any(_true(one, label) for one in atoms):
+                    touched.update(self._holders[label])
+        moving: dict[int, list[Identity]] = {}
+        for identity in touched:
+            if identity in self.class_of:
+                moving.setdefault(self.class_of[identity], []).append(identity)
+        for number, members in moving.items():
+            self._move(number, members)
 
-    def _entry(self, label: Label) -> _Entry:
-        if label.source == CIDR and self._cidr_atoms:
-            inner = label_prefix(label.key)
-            atoms = [
-                atom
-                for outer, one, atom in self._cidr_atoms
-                if inner and outer.contains(inner) and (one.op is Op.EXISTS or "" in one.values)
-            ]
-        else:
-            atoms = [
-                atom
-                for one, atom in self._by_key.get(label.key, ())
-                if one.source in (ANY_SOURCE, label.source) and _true(one, label.value)
-            ]
-        if not atoms:
-            return _NOTHING
-        waiting = tuple(number for atom in atoms for number in self._waiting.get(atom, ()))
-        entry = self._entries[label] = _Entry(sum(1 << atom for atom in atoms), waiting)
-        return entry
+    def _move(self, number: int, members: Sequence[Identity]) -> None:
+        by_class: dict[Class, list[Identity]] = {}
+        for identity in members:
+            by_class.setdefault(self.classify(identity, self.labels[identity]), []).append(identity)
+        whole = len(members) == self._sizes[number]
+        if whole and len(by_class) == 1 and next(iter(by_class)) not in self._numbers:
+            (one,) = by_class
+            del self._numbers[self.classes[number]]
+            self.classes[number] = one
+            self._numbers[one] = number
+            return
+        for one, moved in by_class.items():
+            target = self._number(one)
+            if target != number:
+                self._sizes[number] -= len(moved)
+                self._sizes[target] += len(moved)
+                for identity in moved:
+                    self.class_of[identity] = target
 
-    def match(self, labels: Iterable[Label]) -> list[int]:
-        """The numbers of the selectors that match, in no order, each once."""
+    # --- identities ---------------------------------------------------------------------------------------
+
+    def update(self, identities: Mapping[Identity, LabelSet]) -> None:
+        """Make the universe hold exactly these identities."""
+        if self.labels == identities:
+            return
+        gone = self.labels.keys() - identities.keys()
+        before = self.labels
+        changed = {number: labels for number, labels in identities.items() if before.get(number) != labels}
+        self.change(changed, gone)
+
+    def change(self, added: Mapping[Identity, LabelSet], removed: Iterable[Identity]) -> None:
+        """Add, relabel and remove some identities."""
+        for identity in removed:
+            if self.labels.pop(identity, None) is not None:
+                self._sizes[self.class_of.pop(identity)] -= 1
+                self._stale += 1
+        if self._stale > len(self.labels) + 10_000:
+            self._forget_stale()
+        holders, by_name = self._holders, self._by_name
+        for identity, labels in added.items():
+            number = self._number(self.classify(identity, labels))
+            old = self.class_of.get(identity)
+            if old is not None:
+                self._sizes[old] -= 1
+                self._stale += 1
+            self._sizes[number] += 1
+            self.class_of[identity] = number
+            self.labels[identity] = labels
+            for label in labels:
+                held = holders.get(label)
+                if held is None:
+                    held = holders[label] = []
+                    by_name.setdefault(label.key, set()).add(label)
+                held.append(identity)
+
+    def _forget_stale(self) -> None:
+        """Churn must not grow memory: count who holds which label anew."""
+        self._holders, self._by_name, self._masks, self._stale = {}, {}, {}, 0
+        for identity, labels in self.labels.items():
+            for label in labels:
+                self._holders.setdefault(label, []).append(identity)
+                self._by_name.setdefault(label.key, set()).add(label)
+
+    def live_classes(self) -> list[tuple[int, Class]]:
+        """The classes that have members."""
+        return [
+            (at, one) for at, (one, size) in enumerate(zip(self.classes, self._sizes, strict=True)) if size
+        ]
+
+    def _number(self, one: Class) -> int:
+        number = self._numbers.get(one)
+        if number is None:
+            number = self._numbers[one] = len(self.classes)
+            self.classes.append(one)
+            self._sizes.append(0)
+        return number
+
+    def classify(self, identity: Identity, labels: LabelSet) -> Class:
+        """The class of a label set; the identity's number only matters for the reserved ones."""
         mask = 0
-        candidates = list(self._always)
-        get = self._entries.get
+        known, by_key = self._masks, self._by_key
         for label in labels:
-            entry = get(label) or self._entry(label)
-            mask |= entry.mask
-            candidates += entry.waiting
-        need, forbid = self._need, self._forbid
-        return list({n for n in candidates if need[n] & mask == need[n] and not forbid[n] & mask})
+            bits = known.get(label)
+            if bits is None:
+                if label.key not in by_key and label.source not in _OUTSIDE:
+                    continue
+                bits = known[label] = self._label_mask(label)
+            mask |= bits
+        return Class(mask, (identity, labels) if mask & SPECIAL else None)
+
+    def mask_of(self, labels: Iterable[Label]) -> int:
+        """The atoms that hold for a label set."""
+        mask = 0
+        for label in labels:
+            mask |= self._label_mask(label)
+        return mask
+
+    def _label_mask(self, label: Label) -> int:
+        if label.source == CIDR:
+            inner = label_prefix(label.key)
+            mask = SPECIAL
+            for outer, atom, bit in self._cidr_atoms:
+                if inner and outer.contains(inner) and (atom.op is Op.EXISTS or "" in atom.values):
+                    mask |= bit
+            return mask
+        mask = SPECIAL if label.source == RESERVED and label.key in _WORLD_KEYS else 0
+        at = self._by_key.get(label.key)
+        if at is None:
+            return mask
+        for source, bit in (*at.exists, *at.values.get(label.value, ())):
+            if source in (ANY_SOURCE, label.source):
+                mask |= bit
+        for source, values, bit in at.others:
+            if source in (ANY_SOURCE, label.source) and label.value not in values:
+                mask |= bit
+        return mask
 
 
-def _true(requirement: Requirement, value: str) -> bool:
-    match requirement.op:
-        case Op.EXISTS:
-            return True
-        case Op.IN:
-            return value in requirement.values
-        case _:  # IN_OR_ABSENT: the atom says "present with another value"
-            return value not in requirement.values
+_OUTSIDE = frozenset({CIDR, RESERVED})
+
+
+def positive(requirement: Requirement) -> Requirement:
+    """The requirement without its negation."""
+    op = _POSITIVE.get(requirement.op)
+    return requirement if op is None else requirement._replace(op=op)
+
+
+def _true(atom: Requirement, label: Label) -> bool:
+    """Whether a label (of the right key) makes an atom hold."""
+    if atom.source not in (ANY_SOURCE, label.source):
+        return False
+    return atom.op is Op.EXISTS or label.value in atom.values
+
+
+class LabelMatcher:
+    """Some label selectors over a universe: from the atoms that hold to the selectors that match.
+
+    A selector waits under the atom it shares with the fewest others, so a class is tested against few of them.
+    """
+
+    def __init__(self, universe: Universe, selectors: Mapping[int, LabelSelector]) -> None:
+        self._tests: dict[int, tuple[int, int]] = {}  # number -> bits that must hold, bits that must not
+        self._always: list[int] = []  # selectors that need no label
+        needs: dict[int, list[int]] = {}
+        uses: dict[int, int] = {}
+        for number, selector in selectors.items():
+            need, forbid, needed = 0, 0, []
+            for requirement in selector.requirements:
+                bit = universe.bit(requirement)
+                if requirement.op in (Op.IN, Op.EXISTS):
+                    need |= bit
+                    needed.append(bit)
+                    uses[bit] = uses.get(bit, 0) + 1
+                else:
+                    forbid |= bit
+            self._tests[number] = need, forbid
+            if needed:
+                needs[number] = needed
+            else:
+                self._always.append(number)
+        self._waiting: dict[int, list[int]] = {}
+        for number, needed in needs.items():
+            self._waiting.setdefault(min(needed, key=lambda bit: (uses[bit], bit)), []).append(number)
+        self._any_waiting = 0
+        for bit in self._waiting:
+            self._any_waiting |= bit
+
+    def match(self, mask: int) -> list[int]:
+        """The numbers of the selectors that match where these atoms hold, each once."""
+        candidates = list(self._always)
+        left = mask & self._any_waiting
+        while left:
+            bit = left & -left
+            candidates += self._waiting[bit]
+            left ^= bit
+        tests = self._tests
+        found = []
+        for number in candidates:
+            need, forbid = tests[number]
+            if mask & need == need and not mask & forbid:
+                found.append(number)
+        return found
 
 
 @dataclass(slots=True)
