@@ -50,10 +50,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All entries under a prefix at one revision."""
+    """All entries under a prefix at one revision. `store` identifies the store; 0 if it has no identity."""
 
     entries: tuple[Entry, ...]
     revision: int
+    store: int = 0
 
 
 class KV(Protocol):
@@ -74,7 +75,11 @@ class KV(Protocol):
     async def delete(self, key: str) -> bool: ...
 
     async def grant(self, ttl_s: int) -> int:
-        """A new lease; the client keeps it alive until `revoke` or `close`."""
+        """A new lease, which ends by itself unless `keep_alive` runs."""
+        ...
+
+    async def keep_alive(self, lease: int, ttl_s: int) -> None:
+        """Renew a lease for ever; raises LeaseLost when it is gone."""
         ...
 
     async def revoke(self, lease: int) -> None: ...
@@ -158,6 +163,14 @@ class MemoryKV:
         self._leases.add(lease)
         return lease
 
+    async def keep_alive(self, lease: int, ttl_s: int) -> None:  # noqa: ARG002
+        while True:
+            wake = self._changed
+            self._check()
+            if lease not in self._leases:
+                raise LeaseLost(f"lease {lease:x} not found")
+            await wake.wait()
+
     async def revoke(self, lease: int) -> None:
         self._check()
         self.expire(lease)
@@ -186,6 +199,7 @@ class MemoryKV:
             del self._entries[key]
         if gone:
             self._record([Event(key, None, self._revision + 1) for key in gone])
+        self._wake()
 
     def _record(self, events: Sequence[Event]) -> None:
         self._revision += 1

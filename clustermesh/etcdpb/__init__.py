@@ -1,0 +1,1 @@
+"""Generated from clustermesh/etcd.proto; see there."""
