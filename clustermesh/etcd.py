@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 PAGE = 5000  # keys per range request: measured, see docs/clustermesh.md
 TIMEOUT_S = 4.0  # a member that does not answer one request within this is left
-PROGRESS_S = 1.5  # between two progress requests on an idle watch
+PROGRESS_S = 1.0  # between two progress requests on an idle watch
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]
 _HAS_LEADER = ("hasleader", "true")  # a member that has lost its cluster ends the watch
 _OPTIONS = (

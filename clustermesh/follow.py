@@ -57,9 +57,11 @@ class Follower:
         self.complete = False  # every part was listed once, since the start
         self.lost_since = 0.0  # wall clock; 0 while connected
         self.error = ""
+        self.store = 0  # which store this is, if it says so
         self.revision = 0
         self.reconnects = 0
         self.denied: dict[str, str] = {}  # prefix -> what the store said
+        self._before = (0, 0)  # store and revision at the end of the last connection
         self._kv = kv
         self._mesh = mesh
         self._emit = emit
@@ -88,6 +90,7 @@ class Follower:
     async def _connection(self) -> None:
         """One connection: list all parts in order, then watch them all until something breaks."""
         self._mesh.relist = False
+        self._remember()
         self.denied.clear()
         listings: list[tuple[Part, Listing]] = []
         for part in self._mesh.parts:
@@ -95,8 +98,11 @@ class Follower:
             if listing is None:
                 continue
             async with self._turn:
-                await self._feed(self._mesh.listed(part, listing.entries, self._clock()))
-            listings.append((part, Listing((), listing.revision)))
+                batches = self._mesh.listed(
+                    part, listing.entries, self._clock(), doubtful=self._doubtful(listing)
+                )
+                await self._feed(batches)
+            listings.append((part, Listing((), listing.revision, listing.store)))
         if len(self.denied) == len(self._mesh.parts):
             raise Denied(next(iter(self.denied.values())))
         if self._mesh.relist:
@@ -117,8 +123,15 @@ class Follower:
         except Denied as error:
             self.denied[part.prefix] = str(error)
             return None
+        if listing.store != self.store or listing.revision < self._before[1]:
+            self.store, self.revision = listing.store, listing.revision
         self.revision = max(self.revision, listing.revision)
         return listing
+
+    def _doubtful(self, listing: Listing) -> bool:
+        """Whether the store went back in time, or is another one, since it was lost."""
+        store, revision = self._before
+        return bool(revision) and (listing.store != store or 0 < listing.revision < revision)
 
     async def _watch(self, part: Part, revision: int) -> None:
         if part.kind is Kind.CONFIG and part.cluster:
@@ -161,9 +174,15 @@ class Follower:
         self._backoff.reset()
         self._tell()
 
+    def _remember(self) -> None:
+        """Keep what the store was while it was whole: a connection that fails half-way must not change it."""
+        if self.connected:
+            self._before = self.store, self.revision
+
     def _lost(self, reason: str) -> None:
         if reason != self.error:
             log.warning("%s: lost, the last state stays in force: %s", self._name, reason)
+        self._remember()
         self.error = reason
         self.connected = False
         self.lost_since = self.lost_since or self._clock()

@@ -233,8 +233,13 @@ class Mesh:
 
     # -- what a driver calls
 
-    def listed(self, part: Part, entries: Sequence[Entry], now: float) -> Iterator[list[Change]]:
-        """A full listing: only differences come out. `now` is wall-clock seconds, for what is held."""
+    def listed(
+        self, part: Part, entries: Sequence[Entry], now: float, *, doubtful: bool = False
+    ) -> Iterator[list[Change]]:
+        """A full listing: only differences come out. `now` is wall-clock seconds, for what is held.
+
+        doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
+        """
         book = self._books[part]
         if part.kind is Kind.CANARY:
             for remote in self.remotes.values():
@@ -245,7 +250,7 @@ class Mesh:
             missing.pop(entry.key, None)
             book.gone.pop(entry.key, None)
         yield from self._chunked(entries, lambda entry: self._upsert(part, entry.key, entry.value))
-        yield from self._sweep(part, missing, now)
+        yield from self._sweep(part, missing, now, doubtful=doubtful)
         yield from self._wake(part.kind)
 
     def applied(self, part: Part, events: Sequence[Event]) -> Iterator[list[Change]]:
@@ -569,7 +574,9 @@ class Mesh:
         """Who remembers a refusal of this key."""
         return next((one for one in self.remotes.values() if key in one.refusals), None)
 
-    def _sweep(self, part: Part, missing: dict[str, Remote], now: float) -> Iterator[list[Change]]:
+    def _sweep(
+        self, part: Part, missing: dict[str, Remote], now: float, *, doubtful: bool
+    ) -> Iterator[list[Change]]:
         """Delete what a listing no longer has, as far as the clusters are complete; hold the rest."""
         book = self._books[part]
         lost = Counter(remote.name for remote in missing.values())
@@ -577,7 +584,8 @@ class Mesh:
         sweep: list[str] = []
         for key, remote in missing.items():
             count = lost[remote.name]
-            if count >= HOLD_AT_LEAST and count > HOLD_SHARE * total[remote.name] and not remote.held_since:
+            mass = count >= HOLD_AT_LEAST and count > HOLD_SHARE * total[remote.name]
+            if (mass or doubtful) and not remote.held_since:
                 remote.held_since = now
                 self._touched.add(remote.name)
             if remote.is_open(part.kind) and not remote.held_since:
