@@ -50,6 +50,7 @@ class FlowPipeline:
         self.counters = FlowCounters()
         self.started_ns = time.time_ns()
         self._tables = tables
+        self.pins = pins
         self._maps = pins / f"v{LAYOUT_VERSION}" / "maps"
         self._losses_before: tuple[int, dict[int, int]] | None = None
 

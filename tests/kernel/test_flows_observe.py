@@ -25,11 +25,13 @@ from bpf.layout import (
     SLOT_INFO,
     SLOT_WORLD4,
     BufferFlag,
+    Reason,
     maps,
     sized,
 )
 from bpf.syscall import PinnedMap
 from daemon.api.flows import routes
+from daemon.flows.counters import read_reasons
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, parse_prefix
@@ -245,6 +247,17 @@ def time_of(text: str) -> float:
     from datetime import datetime
 
     return datetime.fromisoformat(text).timestamp()
+
+
+async def test_counted_packets_are_those_that_were_sent(daemon, pins):
+    def dropped() -> int:
+        found = read_reasons(pins).get((Direction.INGRESS, int(Reason.POLICY_DEFAULT)))
+        return found.packets if found else 0
+
+    before = dropped()
+    await send(40_000, 50, 0)
+    await asyncio.sleep(0.1)
+    assert dropped() - before == 50
 
 
 async def test_more_of_a_kind_than_the_budget_is_held_back_and_told(daemon, tmp_path):

@@ -1,0 +1,245 @@
+"""GET /metrics: Prometheus text. Hubble's and Cilium's names where the meaning is the same, else `meshwall_`.
+
+Written here rather than with a library: all is read when it is asked for, and the format is three lines.
+"""
+
+import os
+import platform
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from aiohttp import web
+
+from bpf.layout import EventKind, Reason
+from daemon.flows.counters import Hits, read_reasons
+from daemon.flows.decode import drop_reason, meaning, reason_name
+from daemon.flows.pipeline import FlowPipeline
+from daemon.model.flow import DROP_TEXT, FlowType, LostSource
+from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Reserved
+from daemon.model.net import Direction, Proto
+from daemon.state.tables import Tables
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Sample = tuple[Mapping[str, str], float]
+
+_PROTOCOLS = {
+    int(Proto.TCP): "TCP",
+    int(Proto.UDP): "UDP",
+    int(Proto.SCTP): "SCTP",
+    int(Proto.ICMP): "ICMPv4",
+    int(Proto.ICMPV6): "ICMPv6",
+}
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Family(NamedTuple):
+    """One metric with all its samples."""
+
+    name: str
+    kind: str  # counter or gauge
+    help: str
+    samples: Sequence[Sample]
+
+
+def routes(pipeline: FlowPipeline, tables: Tables) -> list[web.RouteDef]:
+    """The handler, to be added to the application."""
+
+    async def metrics(_: web.Request) -> web.StreamResponse:
+        return web.Response(
+            body=exposition(families(pipeline, tables)).encode(), headers={"Content-Type": CONTENT_TYPE}
+        )
+
+    return [web.get("/metrics", metrics)]
+
+
+def exposition(found: Iterable[Family]) -> str:
+    """The text format, version 0.0.4."""
+    lines = []
+    for name, kind, help_, samples in found:
+        lines += [f"# HELP {name} {_escaped(help_)}", f"# TYPE {name} {kind}"]
+        for labels, value in samples:
+            inner = ",".join(f'{key}="{_escaped(text, quotes=True)}"' for key, text in labels.items())
+            lines.append(f"{name}{{{inner}}} {_number(value)}" if inner else f"{name} {_number(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str, *, quotes: bool = False) -> str:
+    found = text.replace("\\", r"\\").replace("\n", r"\n")
+    return found.replace('"', r"\"") if quotes else found
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def families(pipeline: FlowPipeline, tables: Tables) -> Iterator[Family]:
+    """Everything that is told, as of now."""
+    yield from _flows(pipeline)
+    yield from _packets(read_reasons(pipeline.pins))
+    yield from _state(tables)
+    yield from _process(pipeline.started_ns)
+
+
+def _flows(pipeline: FlowPipeline) -> Iterator[Family]:
+    counters = pipeline.counters
+    flows: Counter[tuple[str, str, str]] = Counter()
+    drops: Counter[tuple[str, str]] = Counter()
+    for one, count in counters.events.items():
+        means = meaning(one.kind, one.reason, 0)
+        protocol = _PROTOCOLS.get(one.proto, "Unknown L4") if one.family else "Unknown flow"
+        shown = "Drop" if means.type is FlowType.DROP else "PolicyVerdict"
+        flows[protocol, shown, means.verdict.name] += count
+        if one.kind == EventKind.DROP:
+            drops[means.drop.name, protocol] += count
+    yield Family(
+        "hubble_flows_processed_total",
+        "counter",
+        "Flow events read from the data path",
+        [
+            ({"protocol": protocol, "type": shown, "subtype": "", "verdict": verdict}, count)
+            for (protocol, shown, verdict), count in sorted(flows.items())
+        ],
+    )
+    yield Family(
+        "hubble_drop_total",
+        "counter",
+        "Drop events; packets are counted by cilium_drop_count_total",
+        [
+            ({"reason": reason, "protocol": protocol}, count)
+            for (reason, protocol), count in sorted(drops.items())
+        ],
+    )
+    yield Family(
+        "hubble_lost_events_total",
+        "counter",
+        "Flow events that were lost on the way to the store",
+        [
+            ({"source": LostSource.PERF_EVENT_RING_BUFFER.name.lower()}, counters.lost),
+            ({"source": LostSource.OBSERVER_EVENTS_QUEUE.name.lower()}, counters.foreign),
+        ],
+    )
+    yield Family(
+        "meshwall_events_suppressed_total",
+        "counter",
+        "Events that the data path did not send because a reason had used up its budget for the second",
+        [({"reason": reason_name(reason)}, count) for reason, count in sorted(counters.suppressed.items())],
+    )
+    yield Family("meshwall_flows", "gauge", "Flows remembered now", [({}, len(pipeline.store))])
+    yield Family(
+        "meshwall_flows_capacity", "gauge", "Flows remembered at most", [({}, pipeline.store.capacity)]
+    )
+
+
+def _packets(reasons: Mapping[tuple[Direction, int], Hits]) -> Iterator[Family]:
+    drops: dict[tuple[str, str], Hits] = {}
+    passed: dict[str, Hits] = {}
+    for (direction, reason), hits in reasons.items():
+        if reason < Reason.POLICY_DEFAULT:
+            passed[direction.name] = _sum(passed.get(direction.name), hits)
+        else:
+            key = (DROP_TEXT[drop_reason(reason)], direction.name)
+            drops[key] = _sum(drops.get(key), hits)
+    dropped = [
+        ({"reason": reason, "direction": direction}, hits)
+        for (reason, direction), hits in sorted(drops.items())
+    ]
+    forwarded = [({"direction": direction}, hits) for direction, hits in sorted(passed.items())]
+    ours = [
+        ({"reason": reason_name(reason), "direction": direction.name}, hits)
+        for (direction, reason), hits in sorted(reasons.items())
+    ]
+    yield from _pair("cilium_drop_{}_total", "Dropped {}", dropped, "count")
+    yield from _pair("cilium_forward_{}_total", "Passed {}", forwarded, "count")
+    yield from _pair(
+        "meshwall_{}_total", "{} by meshwall's own reason; what audit let pass is `audited`", ours, "packets"
+    )
+
+
+def _sum(one: Hits | None, other: Hits) -> Hits:
+    return Hits(one.packets + other.packets, one.bytes + other.bytes) if one else other
+
+
+def _pair(
+    name: str, help_: str, hits: Sequence[tuple[Mapping[str, str], Hits]], packets: str
+) -> Iterator[Family]:
+    """Packets and bytes of the same things."""
+    counts = [(labels, one.packets) for labels, one in hits]
+    yield Family(name.format(packets), "counter", help_.format("packets"), counts)
+    volumes = [(labels, one.bytes) for labels, one in hits]
+    yield Family(name.format("bytes"), "counter", help_.format("bytes"), volumes)
+
+
+def _state(tables: Tables) -> Iterator[Family]:
+    kinds = Counter(_identity_kind(identity) for identity in tables.identities)
+    yield Family("cilium_policy", "gauge", "Policies loaded", [({}, len(tables.policies))])
+    yield Family(
+        "cilium_policy_max_revision",
+        "gauge",
+        "Revision of the policy table",
+        [({}, tables.policies.revision)],
+    )
+    yield Family(
+        "cilium_identity",
+        "gauge",
+        "Identities known",
+        [({"type": kind}, count) for kind, count in sorted(kinds.items())],
+    )
+    yield Family("cilium_nodes_all_num", "gauge", "Nodes known", [({}, len(tables.nodes))])
+    listed = (
+        tables.policies,
+        tables.cidr_groups,
+        tables.identities,
+        tables.ips,
+        tables.nodes,
+        tables.rules,
+        tables.problems,
+    )
+    yield Family(
+        "meshwall_table_rows",
+        "gauge",
+        "Rows of each table",
+        [({"table": one.name}, len(one)) for one in listed],
+    )
+    yield Family(
+        "meshwall_part_ok",
+        "gauge",
+        "1 if a part of the daemon is well; `meshwall status` says what is wrong",
+        [({"part": name}, row.ok) for name, row in sorted(tables.status.rows.items())],
+    )
+    now = time.time()
+    stale = [
+        ({"table": table.name, "source": source}, now - since)
+        for table in listed
+        for source, since in sorted(table.stale_since.items())
+    ]
+    yield Family("meshwall_stale_seconds", "gauge", "Since when a source of a table is out of reach", stale)
+
+
+def _identity_kind(identity: int) -> str:
+    if identity <= max(Reserved):
+        return "reserved"
+    if identity >= REMOTE_NODE_SCOPE:
+        return "remote_node"
+    return "node_local" if identity >= LOCAL_SCOPE else "cluster_local"
+
+
+def _process(started_ns: int) -> Iterator[Family]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE
+    yield Family(
+        "process_cpu_seconds_total", "counter", "Processor time", [({}, used.ru_utime + used.ru_stime)]
+    )
+    yield Family("process_resident_memory_bytes", "gauge", "Resident memory", [({}, resident)])
+    yield Family("process_start_time_seconds", "gauge", "Start, since 1970", [({}, started_ns / 1e9)])
+    try:
+        ours = version("meshwall")
+    except PackageNotFoundError:
+        ours = "unknown"
+    labels = {"version": ours, "revision": "", "arch": platform.machine()}
+    yield Family("cilium_version", "gauge", "Always 1", [(labels, 1)])

@@ -1,0 +1,84 @@
+"""GET /metrics."""
+
+import re
+
+import pytest
+
+from bpf.layout import EVENT, EventKind, Reason
+from daemon.api import metrics
+from daemon.api.metrics import Family, exposition, families
+from daemon.flows.counters import Hits
+from daemon.flows.pipeline import FlowPipeline
+from daemon.model.identity import Identity
+from daemon.model.labels import parse_labels
+from daemon.model.net import Direction
+from daemon.state.tables import IdentityRow, StatusRow, Tables
+
+
+@pytest.fixture
+def tables():
+    return Tables()
+
+
+@pytest.fixture
+def told(tables, tmp_path, monkeypatch):
+    """The text, given what the kernel counted."""
+    pipeline = FlowPipeline(tables, tmp_path)
+
+    def text(reasons=None):
+        monkeypatch.setattr(metrics, "read_reasons", lambda _: reasons or {})
+        return exposition(families(pipeline, tables))
+
+    text.pipeline = pipeline
+    return text
+
+
+def test_events_are_counted_under_hubbles_names(told):
+    drop = EVENT.pack(kind=EventKind.DROP, reason=Reason.POLICY_DEFAULT, family=4, proto=6)
+    told.pipeline.append(drop * 3 + EVENT.pack(kind=EventKind.ALLOW, family=6, proto=58))
+    text = told()
+    assert 'hubble_flows_processed_total{protocol="TCP",type="Drop",subtype="",verdict="DROPPED"} 3\n' in text
+    assert 'hubble_drop_total{reason="POLICY_DENIED",protocol="TCP"} 3\n' in text
+    assert 'protocol="ICMPv6",type="PolicyVerdict",subtype="",verdict="FORWARDED"} 1\n' in text
+
+
+def test_packets_are_counted_under_ciliums_names_and_under_ours(told):
+    text = told(
+        {
+            (Direction.INGRESS, int(Reason.BAD_IHL)): Hits(2, 100),
+            (Direction.INGRESS, int(Reason.BAD_TOTLEN)): Hits(3, 200),
+            (Direction.INGRESS, int(Reason.FORWARDED)): Hits(5, 500),
+            (Direction.INGRESS, int(Reason.REPLY)): Hits(7, 700),
+            (Direction.INGRESS, int(Reason.AUDITED)): Hits(1, 60),
+        }
+    )
+    assert 'cilium_drop_count_total{reason="Invalid packet",direction="INGRESS"} 5\n' in text
+    assert 'cilium_drop_bytes_total{reason="Invalid packet",direction="INGRESS"} 300\n' in text
+    assert 'cilium_forward_count_total{direction="INGRESS"} 13\n' in text
+    assert 'meshwall_packets_total{reason="bad-totlen",direction="INGRESS"} 3\n' in text
+    assert 'meshwall_packets_total{reason="audited",direction="INGRESS"} 1\n' in text
+
+
+def test_losses_and_state_are_told(told, tables):
+    told.pipeline.counters.lost = 4
+    told.pipeline.counters.suppressed[Reason.POLICY_DENY] = 9
+    for number in (2, 70_000, 0x0100_0001, 0x0200_0001):
+        tables.identities.put(Identity(number), IdentityRow(parse_labels(["k8s:a=b"]), "file"))
+    tables.status.put('mesh:"beta"', StatusRow(ok=False, text="lost"))
+    text = told()
+    assert 'hubble_lost_events_total{source="perf_event_ring_buffer"} 4\n' in text
+    assert 'meshwall_events_suppressed_total{reason="policy-deny"} 9\n' in text
+    for kind in ("reserved", "cluster_local", "node_local", "remote_node"):
+        assert f'cilium_identity{{type="{kind}"}} 1\n' in text
+    assert 'meshwall_part_ok{part="mesh:\\"beta\\""} 0\n' in text
+
+
+def test_every_line_is_a_comment_or_a_sample(told):
+    sample = re.compile(r'[a-z_]+(\{([a-z]+="([^"\\\n]|\\.)*",?)+\})? -?[0-9.e+-]+')
+    for row in told().splitlines():
+        assert row.startswith("# ") or sample.fullmatch(row), row
+
+
+def test_values_and_labels_are_written_as_the_format_wants():
+    text = exposition([Family("x", "gauge", "a\nb", [({"l": 'q"\\\n'}, 0.25), ({}, 3.0)])])
+    assert text == '# HELP x a\\nb\n# TYPE x gauge\nx{l="q\\"\\\\\\n"} 0.25\nx 3\n'
