@@ -1,7 +1,7 @@
-"""Pinned programs onto devices, by system calls alone: for the loader, and for the daemon when a device appears.
+"""Pinned programs onto devices by system calls alone: for the loader, and for the daemon as devices appear.
 
-A link of ours that exists is updated in place, so there is no moment without a filter. A program of somebody
-else is never detached: where XDP is taken, TCX carries the policy alone and the result says so.
+A link of ours that exists is updated in place, so there is no moment without a filter. A program of
+somebody else is never detached: where XDP is taken, TCX carries the policy alone and the result says so.
 """
 
 import contextlib

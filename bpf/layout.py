@@ -1,8 +1,8 @@
 """Every map and struct that kernel and user space share: defined here once.
 
-The C declares the same structs by hand, for reading; `static_asserts()` holds each field of them to this file
-at compile time, and `maps()` is the only place where maps get type, size and flags. All integers are in native
-byte order and width unless the name ends in `_be` or the field is bytes.
+The C declares the same structs by hand, for reading; `static_asserts()` holds each field of them to this
+file at compile time, and `maps()` is the only place where maps get type, size and flags. All integers are
+in native byte order and width unless the name ends in `_be` or the field is bytes.
 
 How a packet uses the tables (IPv4; IPv6 differs only in the first step):
 

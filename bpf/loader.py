@@ -2,8 +2,8 @@
 
 The only process that maps LLVM, and the only importer of bcc. Everything it leaves behind is pinned below
 `PINS/v<LAYOUT_VERSION>/`: `maps/<name>`, `progs/<name>`, `links/<ifindex>-<hook>`. It runs in the network
-namespace of its caller. One JSON object on stdout; on failure exit status 1 and one line on stderr, and nothing
-that was attached has changed.
+namespace of its caller. One JSON object on stdout; on failure exit status 1 and one line on stderr, and
+nothing that was attached has changed.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def _expected(name: str) -> int:
 
 
 def open_maps(directory: Path, sizes: layout.Sizes) -> tuple[dict[str, PinnedMap], int]:
-    """Adopt what is pinned, create the rest; second: how many were adopted. LayoutMismatch touches nothing."""
+    """Adopt what is pinned, create the rest; second: the number adopted. LayoutMismatch touches nothing."""
     directory.mkdir(parents=True, exist_ok=True)
     wanted = layout.maps(sizes)
     opened = {

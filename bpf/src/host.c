@@ -57,14 +57,19 @@ judge_by_policy(const struct packet *p, const struct scope *s, struct outcome *o
 	return denial(o->cell);
 }
 
-static __always_inline __u32
-tie_fragments(const struct packet *p, const struct outcome *o, __u32 reason)
+static __always_inline int is_audited(const struct scope *s, const struct outcome *o)
 {
-	int pass = reason < REASON_POLICY_DEFAULT;
+	return s->flags & CONFIG_AUDIT || (o->judged && cell_flags(o->cell) & CELLFLAG_AUDIT);
+}
 
-	if (p->class == CLASS_FRAG_FIRST && !frag_remember(p, cell_rule(o->cell), pass) && pass)
-		return REASON_FRAG_DENIED;
-	return reason;
+static __always_inline void tie_fragments(const struct packet *p, const struct scope *s, struct outcome *o)
+{
+	int pass = o->reason < REASON_POLICY_DEFAULT || is_audited(s, o);
+
+	if (p->class == CLASS_FRAG_FIRST && !frag_remember(p, cell_rule(o->cell), pass) && pass) {
+		o->reason = REASON_FRAG_DENIED;
+		o->judged = 0;
+	}
 }
 
 static __always_inline void
@@ -92,7 +97,7 @@ judge_ingress(const struct packet *p, const struct scope *s, struct outcome *o, 
 		o->judged = 0;
 		return;
 	}
-	o->reason = tie_fragments(p, o, o->reason);
+	tie_fragments(p, s, o);
 	if (o->reason == REASON_FORWARDED && s->enforced & BUFFER_ENFORCE_EGRESS) {
 		o->opens = flow_track(p, s, o->slot, cell_rule(o->cell), may_add);
 		o->defer = o->opens && s->hook == HOOK_XDP;
@@ -127,7 +132,8 @@ judge_egress(const struct packet *p, const struct scope *s, struct outcome *o, v
 		o->reason = REASON_NON_IP;
 		return;
 	} else {
-		o->reason = tie_fragments(p, o, judge_by_policy(p, s, o, data, end));
+		o->reason = judge_by_policy(p, s, o, data, end);
+		tie_fragments(p, s, o);
 	}
 	if (track && (o->reason == REASON_FORWARDED || o->reason == REASON_NOT_ENFORCED))
 		o->opens = flow_track(p, s, o->slot, cell_rule(o->cell), 1);
@@ -139,7 +145,7 @@ judge_egress(const struct packet *p, const struct scope *s, struct outcome *o, v
 static __always_inline int conclude(const struct packet *p, const struct scope *s, const struct outcome *o)
 {
 	int drop = o->reason >= REASON_POLICY_DEFAULT;
-	int audit = drop && (s->flags & CONFIG_AUDIT || (o->judged && cell_flags(o->cell) & CELLFLAG_AUDIT));
+	int audit = drop && is_audited(s, o);
 
 	count_reason(p, s, audit ? REASON_AUDITED : o->reason);
 	if (o->judged) {

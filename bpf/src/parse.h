@@ -253,10 +253,12 @@ static __always_inline int source_routed(struct packet *p, struct ip4 *ip, void 
 		if (at >= (*(volatile __u8 *)&ip->version_ihl & 15) * 4 - sizeof(*ip))
 			return 0;
 		option += at & 63;
-		if ((void *)(option + 2) > end || !option[0])
+		if ((void *)(option + 1) > end || !option[0])
 			return 0;
 		if (option[0] == 131 || option[0] == 137)
 			return 1;
+		if ((void *)(option + 2) > end)
+			return 0;
 		p->at = at + (option[0] == 1 ? 1 : option[1]);
 	}
 	return 0;
