@@ -59,6 +59,8 @@ class Trust:
         """taken: ids that clusters hold already, with their names."""
         if not wire.valid_cluster_name(cluster):
             raise Malformed("cluster_name", f"{shown(cluster)} is not a cluster name")
+        if cluster == self.own_cluster and config.id == self.own_id == 0:
+            return  # alone, not in a mesh
         if fault := wire.config_fault(config, self.max_clusters, self.compat):
             said = config.max_clusters or 255
             raise Malformed(fault, f"id {config.id}, made for {said} clusters; here 1..{self.max_clusters}")

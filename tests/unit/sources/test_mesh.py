@@ -1,13 +1,8 @@
 """Clusters in a store become rows, and stay rows when the store goes away."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-
 import pytest
 
 from clustermesh import wire
-from clustermesh.follow import Backoff
 from clustermesh.kv import MemoryKV
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
@@ -46,23 +41,6 @@ async def put_node(kv: MemoryKV, name: str, address: str, cluster: str = "west",
     await kv.put(wire.node_key(cluster, name), wire.encode_node(node))
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(2):
-        while not condition():  # noqa: ASYNC110 - any condition
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def running(source: MeshSource) -> AsyncIterator[None]:
-    source.follower._backoff = Backoff(0.01, 0.05)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(source.run())
-        try:
-            yield
-        finally:
-            task.cancel()
-
-
 def make(tables: Tables, kv: MemoryKV, **settings: object) -> MeshSource:
     return MeshSource(tables, kv, cluster_name="east", cluster_id=1, **settings)  # type: ignore[arg-type]
 
@@ -77,7 +55,9 @@ def kv() -> MemoryKV:
     return MemoryKV()
 
 
-async def test_what_is_in_the_store_at_start_becomes_rows(tables: Tables, kv: MemoryKV) -> None:
+async def test_what_is_in_the_store_at_start_becomes_rows(
+    tables: Tables, kv: MemoryKV, running, until
+) -> None:
     await put_cluster(kv)
     await put_identity(kv, WEB)
     await put_ip(kv, "10.1.0.5", WEB, pod="web-0")
@@ -94,7 +74,7 @@ async def test_what_is_in_the_store_at_start_becomes_rows(tables: Tables, kv: Me
     assert tables.status["mesh:west"].ok
 
 
-async def test_later_changes_follow(tables: Tables, kv: MemoryKV) -> None:
+async def test_later_changes_follow(tables: Tables, kv: MemoryKV, running, until):
     await put_cluster(kv)
     async with running(make(tables, kv)):
         await until(lambda: tables.identities.synced)
@@ -107,7 +87,9 @@ async def test_later_changes_follow(tables: Tables, kv: MemoryKV) -> None:
         await until(lambda: not tables.identities)
 
 
-async def test_a_lost_store_changes_no_row_and_says_since_when(tables: Tables, kv: MemoryKV) -> None:
+async def test_a_lost_store_changes_no_row_and_says_since_when(
+    tables: Tables, kv: MemoryKV, running, until
+) -> None:
     await put_cluster(kv)
     await put_identity(kv, WEB)
     await put_ip(kv, "10.1.0.5", WEB)
@@ -129,7 +111,9 @@ async def test_a_lost_store_changes_no_row_and_says_since_when(tables: Tables, k
         assert tables.status["mesh:west"].ok
 
 
-async def test_identities_of_this_host_are_not_overwritten(tables: Tables, kv: MemoryKV) -> None:
+async def test_identities_of_this_host_are_not_overwritten(
+    tables: Tables, kv: MemoryKV, running, until
+) -> None:
     from daemon.state.tables import IdentityRow
 
     mine = IdentityRow(parse_labels(["k8s:app=mine"]), "file")
@@ -145,7 +129,7 @@ async def test_identities_of_this_host_are_not_overwritten(tables: Tables, kv: M
 
 
 async def test_an_unreachable_store_does_not_hold_the_tables_back_for_ever(
-    tables: Tables, kv: MemoryKV
+    tables: Tables, kv: MemoryKV, running, until
 ) -> None:
     kv.cut()
     async with running(make(tables, kv, sync_wait_s=0.05)):
@@ -153,7 +137,9 @@ async def test_an_unreachable_store_does_not_hold_the_tables_back_for_ever(
     assert not tables.status["mesh"].ok
 
 
-async def test_refused_entries_are_counted_in_the_status(tables: Tables, kv: MemoryKV) -> None:
+async def test_refused_entries_are_counted_in_the_status(
+    tables: Tables, kv: MemoryKV, running, until
+) -> None:
     await put_cluster(kv)
     await put_ip(kv, "127.0.0.1", WEB)
     await put_identity(kv, METRICS, cluster="north")
