@@ -259,7 +259,9 @@ def _event_types(values: Sequence[object]) -> EventTest:
 
 def _reply(values: Sequence[object]) -> EventTest:
     """Nothing that we report is a reply: events tell of first packets, and a drop counts as no reply."""
-    wanted = any(value is False for value in values)
+    if not all(isinstance(value, bool) for value in values):
+        raise FilterError(f"expected true or false, got {values!r}")
+    wanted = False in values
     return lambda _: wanted
 
 
@@ -320,31 +322,44 @@ def _pods(side: Callable[[Flow], Endpoint]) -> Callable[[Sequence[object]], Flow
 
 def _names(side: Callable[[Flow], Endpoint]) -> Callable[[Sequence[object]], FlowTest]:
     def build(values: Sequence[object]) -> FlowTest:
-        patterns = [_wildcard(text.lower(), "[-.0-9a-z_]*") for text in _texts(values)]
-        return lambda flow: any(pattern.fullmatch(side(flow).node.lower()) for pattern in patterns)
+        patterns = [_wildcard(text.lower()) for text in _texts(values)]
+        return lambda flow: any(fits(side(flow).node.lower()) for fits in patterns)
 
     return build
 
 
-def _wildcard(text: str, star: str) -> re.Pattern[str]:
+def _wildcard(text: str) -> Callable[[str], bool]:
+    """A pattern in which `*` is any text. Not a regular expression: many stars must not take many seconds."""
     if not re.fullmatch(r"[-.*_0-9a-z]*", text):
         raise FilterError(f"{text!r}: expected letters, digits, `-`, `.` and `*`")
-    return re.compile(star.join(map(re.escape, text.split("*"))))
+    first, *others = text.split("*")
+    if not others:
+        return lambda name: name == text
+    *middle, last = others
+
+    def fits(name: str) -> bool:
+        at, end = len(first), len(name) - len(last)
+        if at > end or not name.startswith(first) or not name.endswith(last):
+            return False
+        for part in middle:
+            at = name.find(part, at, end) + len(part)
+            if at < len(part):
+                return False
+        return True
+
+    return fits
 
 
 def _node_names(values: Sequence[object]) -> FlowTest:
     """`cluster/node` patterns; an empty part is any, no slash is any cluster."""
     patterns = []
     for text in _texts(values):
-        cluster, slash, node = text.lower().removesuffix(".").rpartition("/")
-        star = "[-.0-9a-z]*"
-        patterns.append(
-            (_wildcard(cluster if slash and cluster else "*", star), _wildcard(node or "*", star))
-        )
+        cluster, _, node = text.lower().removesuffix(".").rpartition("/")
+        patterns.append((_wildcard(cluster or "*"), _wildcard(node or "*")))
 
     def test(flow: Flow) -> bool:
         cluster, node = (flow.cluster or "default").lower(), flow.node.lower()
-        return any(one.fullmatch(cluster) and two.fullmatch(node) for one, two in patterns)
+        return any(one(cluster) and two(node) for one, two in patterns)
 
     return test
 

@@ -6,6 +6,8 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from daemon.cli import flows
 from daemon.cli.flowlines import Style, compact, dictionary, lost_text, printable, table
@@ -227,3 +229,14 @@ def test_no_daemon_is_one_clear_line(capsys, tmp_path):
     args.socket = str(tmp_path / "none")
     assert flows.run(args) == 1
     assert "is meshwalld running?" in capsys.readouterr().err
+
+
+names = st.text(max_size=12)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names, names, names, names)
+def test_any_text_of_a_peer_is_one_printable_line(pod, namespace, policy, log):
+    found = flow(source={"identity": 1 << 24, "namespace": namespace, "pod_name": pod})
+    found["meshwall"] = {"rule": 16, "policy": policy, "file": policy, "log": log, "restricted_by": [log]}
+    assert compact(found, PLAIN).isprintable()

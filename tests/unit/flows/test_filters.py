@@ -1,10 +1,15 @@
 """Hubble's filter language on our events."""
 
+import contextlib
+import time
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bpf.layout import FIRST_RULE, EventKind, Reason
 from daemon.flows.decode import Brief, briefs, events
-from daemon.flows.filters import FilterError, parse_filters
+from daemon.flows.filters import EVENT_FIELDS, FLOW_FIELDS, FilterError, _wildcard, parse_filters
 
 
 @pytest.fixture
@@ -130,6 +135,7 @@ def test_a_flow_is_built_only_for_what_the_event_cannot_answer(pack):
         ({"http_method": ["GET"]}, "not a filter that a host firewall has"),
         ({"source_ip": []}, "at least one value"),
         ({"source_ip": [7]}, "expected text, got 7"),
+        ({"reply": ["no"]}, "expected true or false"),
         ("drop", "expected an object"),
     ],
 )
@@ -138,3 +144,43 @@ def test_what_cannot_be_meant_is_an_error_that_names_it(spec, complaint):
         parse_filters([spec], [])
     with pytest.raises(FilterError, match="expected a list"):
         parse_filters({}, [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("a1", "a1", True),
+        ("a1", "a12", False),
+        ("*", "", True),
+        ("a*", "a", True),
+        ("*.example", "x.y.example", True),
+        ("a*a", "a", False),
+        ("a*b*c", "axxbxxc", True),
+        ("a*b*c", "axxcxxc", False),
+        ("a*bc*c", "abc", False),
+        ("**a**", "bab", True),
+    ],
+)
+def test_a_star_is_any_text(pattern, name, fits):
+    assert _wildcard(pattern)(name) is fits
+
+
+def test_many_stars_take_no_time():
+    before = time.monotonic()
+    assert not _wildcard("*a" * 60 + "*b")("a" * 253)
+    assert time.monotonic() - before < 0.1
+
+
+words = st.text("aZ0/:*!=,() .-\x00", max_size=8)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from(sorted({*EVENT_FIELDS, *FLOW_FIELDS}))
+
+
+@given(st.dictionaries(fields, anything, max_size=3))
+def test_any_json_is_a_filter_or_a_filter_error(spec):
+    with contextlib.suppress(FilterError):
+        parse_filters([spec], [])
