@@ -21,14 +21,12 @@ from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import LabelSet, format_labels
 from daemon.model.net import Direction, Prefix, Proto, packed_prefix
 from daemon.model.rule import RuleOrigin
-from daemon.state.tables import IpKey, Tables
+from daemon.state.tables import IpKey, PolicyKey, Tables
 
 GENERATIONS = 16  # whose rules are remembered
 IDENTITIES = 16_384  # whose labels are remembered
 SIDES = 4_096  # remote sides kept ready: usual traffic has few of them, a flood of random sources starts over
 CLUSTER_LABEL = "k8s:io.cilium.k8s.policy.cluster="
-
-RuleBook = Mapping[int, RuleOrigin]
 
 _HOOKS = {int(hook): hook.name.lower().replace("_", "-") for hook in Hook}
 _DEFAULT_DENY = frozenset({RULE_DEFAULT_DENY_INGRESS, RULE_DEFAULT_DENY_EGRESS})
@@ -62,6 +60,16 @@ class _Side(NamedTuple):
         )
 
 
+class _Book(NamedTuple):
+    """The rules of a generation, and for each direction the policies that put it under default deny."""
+
+    rules: Mapping[int, RuleOrigin]
+    restricting: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+_NO_BOOK = _Book({}, ((), ()))
+
+
 class Directory:
     """What is known of identities, addresses, rules and devices, for flows that are being looked at.
 
@@ -72,10 +80,9 @@ class Directory:
         self.ip_sources: set[str] = set()
         self._tables = tables
         self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
-        self._books: dict[int, RuleBook] = {}
-        self._book: RuleBook = {}
+        self._books: dict[int, _Book] = {}
+        self._book = _NO_BOOK
         self._book_revision = -1
-        self._restricting: dict[tuple[int, Direction], tuple[str, ...]] = {}
         self._revisions: tuple[int, ...] = ()
         self._sides: dict[tuple[int, bytes, int, bool], _Side] = {}
         self._devices: dict[int, str] = {}
@@ -124,7 +131,7 @@ class Directory:
         destination = self._side(family, daddr, identity, not outgoing).endpoint(dport, local=not outgoing)
         means = meaning(kind, reason, verdict)
         judged = means.judged
-        book = self._books.get(generation)
+        book = self._books.get(generation, _NO_BOOK)
         return Flow(
             number,
             time_ns + offset_ns,
@@ -146,8 +153,8 @@ class Directory:
             length,
             generation,
             rule if judged else None,
-            book.get(rule) if judged and book and rule >= FIRST_RULE else None,
-            self._restricting_policies(generation, direction) if judged and rule in _DEFAULT_DENY else (),
+            book.rules.get(rule) if judged and rule >= FIRST_RULE else None,
+            book.restricting[direction] if judged and rule in _DEFAULT_DENY else (),
             source,
             destination,
             self.node,
@@ -210,31 +217,36 @@ class Directory:
     def _take_rules(self) -> None:
         """Copy tables.rules, which belongs to the generation that the data path's status names."""
         rules = self._tables.rules
-        self._book, self._book_revision = dict(rules.rows), rules.revision
+        self._book, self._book_revision = self._book_now(), rules.revision
         status = self._tables.status.get("datapath")
         generation = status.details.get("generation") if status else None
         if isinstance(generation, int):
             self._keep_book(generation, self._book)
 
-    def _book_of(self, generation: int) -> RuleBook:
+    def _book_of(self, generation: int) -> _Book:
         """The rules of a generation that nothing was heard of: those before it if a later one is known."""
         if all(known < generation for known in self._books):
             return self._book
         earlier = [known for known in self._books if known < generation]
-        return self._books[max(earlier)] if earlier else {}
+        return self._books[max(earlier)] if earlier else _NO_BOOK
 
-    def _keep_book(self, generation: int, book: RuleBook) -> None:
+    def _keep_book(self, generation: int, book: _Book) -> None:
         if len(self._books) >= GENERATIONS and generation not in self._books:
             del self._books[min(self._books)]
         self._books[generation] = book
-        self._restricting.clear()
 
-    def _restricting_policies(self, generation: int, direction: Direction) -> tuple[str, ...]:
-        """The policies with rules in a direction: by having them, they put it under default deny."""
-        key = (generation, direction)
-        found = self._restricting.get(key)
-        if found is None:
-            book = self._books.get(generation, {})
-            found = tuple(sorted({one.policy for one in book.values() if one.direction is direction}))
-            self._restricting[key] = found
-        return found
+    def _book_now(self) -> "_Book":
+        rules = dict(self._tables.rules.rows)
+        asking: tuple[set[str], set[str]] = (set(), set())
+        for origin in rules.values():
+            if self._restricts(origin):
+                asking[origin.direction].add(origin.policy)
+        return _Book(rules, (tuple(sorted(asking[0])), tuple(sorted(asking[1]))))
+
+    def _restricts(self, origin: RuleOrigin) -> bool:
+        """Whether the rule's part of its policy asks for default deny; so it is unless it says otherwise."""
+        namespace, _, name = origin.policy.rpartition("/")
+        policy = self._tables.policies.get(PolicyKey(origin.kind, namespace, name))
+        if policy is None or origin.spec >= len(policy.specs):
+            return True
+        return policy.specs[origin.spec].default_deny[origin.direction]

@@ -9,7 +9,10 @@ from daemon.flows.decode import Brief, briefs, events
 from daemon.flows.enrich import GENERATIONS, Directory
 from daemon.model.flow import DropReason, FlowType, FlowVerdict, summary
 from daemon.model.net import Direction, parse_prefix
-from daemon.state.tables import IpKey, IpRow, StatusRow
+from daemon.model.rule import LabelSelector, Policy, Spec, SubjectKind
+from daemon.state.tables import IpKey, IpRow, PolicyKey, StatusRow
+
+BAN_KIND = "CiliumClusterwideNetworkPolicy"
 
 
 @pytest.fixture
@@ -38,6 +41,13 @@ def test_a_default_deny_names_who_restricts_and_no_rule(see, pack):
     assert flow.restricting == ("ban", "kubelet")
     assert (flow.interface, flow.hook, flow.generation) == ("eth0", "xdp", 5)
     assert summary(flow) == "TCP Flags: SYN"
+
+
+def test_a_policy_that_asks_for_no_default_deny_is_not_blamed_for_it(see, tables, pack):
+    spec = Spec(SubjectKind.NODE, LabelSelector(), (), (True, False), (False, False))
+    policy = Policy("ban", "", BAN_KIND, "", 0, specs=(spec, spec))
+    tables.policies.put(PolicyKey(BAN_KIND, "", "ban"), policy)
+    assert see(pack()).restricting == ("kubelet",)
 
 
 def test_the_local_side_is_this_host_in_either_direction(see, pack):
