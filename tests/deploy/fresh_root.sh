@@ -40,12 +40,12 @@ base() {
     echo "$CACHE/base-$suite"
 }
 
-# Local directories that pip's configuration and environment name (file: indexes, wheel directories, certificates)
+# Local directories that pip's configuration and environment name: file: indexes, wheel directories
 pip_paths() {
     {
-        env | sed -nE 's/^(PIP_[A-Z_]+|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE)=(.*)$/\2/p'
+        env | sed -nE 's/^PIP_[A-Z_]+=(.*)$/\1/p'
         sed -nE 's/^[^#;=]+=(.*)$/\1/p' /etc/pip.conf "$HOME"/.pip/pip.conf "$HOME"/.config/pip/pip.conf 2>/dev/null
-    } | tr ' ' '\n' | sed -E -e 's#^file://##' -e 's#/simple/?$##' | grep '^/' | sort -u || true
+    } | tr ' ' '\n' | sed -E -e 's#^file://##' -e 's#/simple/?$##' | grep '^/' | grep -v '^/etc/' | sort -u || true
 }
 
 # The second half, inside the namespaces: mounts, then the command
@@ -62,8 +62,8 @@ inside() {
     mount --bind "$CACHE/apt" "$root/var/cache/apt/archives"
     mount --bind "$CACHE/pip" "$root/var/cache/pip"
     for path in $(pip_paths); do
-        [ -e "$path" ] || continue
-        if [ -d "$path" ]; then mkdir -p "$root$path"; else mkdir -p "$root${path%/*}" && touch "$root$path"; fi
+        [ -d "$path" ] || continue
+        mkdir -p "$root$path"
         mount --bind "$path" "$root$path"
     done
     for path in /etc/resolv.conf /etc/hosts /etc/pip.conf "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
@@ -73,9 +73,14 @@ inside() {
     done
     apt-config dump | grep -iE '^Acquire::.*(proxy|cainfo)' >"$root/etc/apt/apt.conf.d/99host" || true
     local keep=() name
-    for name in $(compgen -e | grep -E '^(PIP_|SSL_CERT_|REQUESTS_CA_BUNDLE$|https?_proxy$|no_proxy$|HTTPS?_PROXY$|NO_PROXY$)'); do
+    for name in $(compgen -e | grep -E '^(PIP_[A-Z_]+|https?_proxy|no_proxy|HTTPS?_PROXY|NO_PROXY)$'); do
         keep+=("$name=${!name}")
     done
+    path=${PIP_CERT:-/etc/ssl/certs/ca-certificates.crt}
+    if [ -e "$path" ]; then
+        cp -L "$path" "$root/etc/this-machine-ca.crt" # beside the root's own, which a package manages
+        keep+=(PIP_CERT=/etc/this-machine-ca.crt)
+    fi
     exec chroot "$root" env -i HOME="$HOME" TERM=dumb LANG=C.UTF-8 \
         PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PIP_CACHE_DIR=/var/cache/pip "${keep[@]}" \
         bash -c 'cd /root/meshwall && exec "$@"' bash "$@"
