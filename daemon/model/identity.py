@@ -43,6 +43,6 @@ def reserved_labels(identity: Identity) -> LabelSet:
     if name is None:
         return frozenset()
     labels = {Label(RESERVED, name)}
-    if identity == Reserved.KUBE_APISERVER:
+    if int(identity) == Reserved.KUBE_APISERVER:
         labels.add(Label(RESERVED, "remote-node"))
     return frozenset(labels)

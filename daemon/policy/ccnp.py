@@ -3,10 +3,9 @@
 A document with any error gives Problems and no Policy; the other documents of the file are read all the same.
 """
 
-import difflib
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -31,17 +30,19 @@ from daemon.model.rule import (
 )
 from daemon.policy import lower
 from daemon.policy.document import Node, read_documents, shown
-
+from daemon.policy.reader import Reader, filled, suggest
 
 CCNP = "CiliumClusterwideNetworkPolicy"
 CNP = "CiliumNetworkPolicy"
 CIDR_GROUP = "CiliumCIDRGroup"
+POLICY_TEST = "PolicyTest"  # see check.py
 API_VERSIONS = {
     CCNP: ("cilium.io/v2",),
     CNP: ("cilium.io/v2",),
     CIDR_GROUP: ("cilium.io/v2", "cilium.io/v2alpha1"),
 }
 MAX_PORTS = 40  # in one block
+MAX_LISTED_PROBLEMS = 20  # of one plain list
 _METADATA = (
     "name", "namespace", "labels", "annotations", "uid", "resourceVersion", "generation", "creationTimestamp",
     "deletionTimestamp", "deletionGracePeriodSeconds", "finalizers", "generateName", "managedFields",
@@ -98,7 +99,7 @@ def parse_documents(text: str, file: str, settings: LanguageSettings | None = No
             problems.append(document)
             continue
         for node in _listed(document):
-            reader = _Reader(file, settings or LanguageSettings())
+            reader = _Policies(file, settings=settings or LanguageSettings())
             found = reader.document(node)
             problems += reader.problems
             if reader.failed:
@@ -107,8 +108,53 @@ def parse_documents(text: str, file: str, settings: LanguageSettings | None = No
                 policies.append(found)
             elif found is not None:
                 groups.append(found)
-    problems += _duplicates(policies, groups)
+    problems += _duplicates(file, policies, groups)
     return Parsed(tuple(policies), tuple(groups), tuple(problems))
+
+
+def parse_cidr_list(text: str, file: str) -> Parsed:
+    """A plain list, one prefix or address a line, `#` for comments: the CIDR group named like the file.
+
+    For lists that outgrow a YAML document: a million prefixes are read in a few seconds.
+    """
+    name = file.rpartition("/")[2].removesuffix(".cidrs")
+    found: dict[Prefix, None] = {}
+    problems: list[Problem] = []
+    if not _DNS_SUBDOMAIN.fullmatch(name):
+        problems.append(Problem(file, 0, 0, "", f"{shown(name)} is not a valid group name: rename the file"))
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = line.partition("#")[0].strip()
+        if not entry:
+            continue
+        prefix = _listed_prefix(entry)
+        if prefix is not None:
+            found[prefix] = None
+        elif len(problems) < MAX_LISTED_PROBLEMS:
+            problems.append(
+                Problem(file, number, 1, "", f"{shown(entry)} is not a prefix: expected address/length")
+            )
+    groups = () if problems else (CidrGroup(name, tuple(found)),)
+    return Parsed((), groups, tuple(problems))
+
+
+def _listed_prefix(text: str) -> Prefix | None:
+    """A prefix or address, without the objects that `ip_network` makes: a million of them take seconds."""
+    address, slash, length = text.partition("/")
+    width = 128 if ":" in address else 32
+    try:
+        number = int(ipaddress.IPv6Address(address) if ":" in address else ipaddress.IPv4Address(address))
+    except ValueError:
+        return None
+    if "%" in address:
+        return None
+    if not slash:
+        bits = width
+    elif _PREFIX_LENGTH.fullmatch(length) and int(length) <= width:
+        bits = int(length)
+    else:
+        return None
+    shift = width - bits
+    return Prefix(4 if width == 32 else 6, number >> shift << shift, bits)
 
 
 def _listed(document: Node) -> list[Node]:
@@ -119,7 +165,7 @@ def _listed(document: Node) -> list[Node]:
     return [document]
 
 
-def _duplicates(policies: Sequence[Policy], groups: Sequence[CidrGroup]) -> list[Problem]:
+def _duplicates(file: str, policies: Sequence[Policy], groups: Sequence[CidrGroup]) -> list[Problem]:
     """One object given twice in a file: which one counts would depend on order."""
     seen: dict[tuple[str, str, str], int] = {}
     found = []
@@ -130,9 +176,11 @@ def _duplicates(policies: Sequence[Policy], groups: Sequence[CidrGroup]) -> list
             found.append(Problem(policy.file, policy.line, 1, "metadata.name", text))
         seen.setdefault(key, policy.line)
     names = [group.name for group in groups]
-    file = policies[0].file if policies else ""
-    for name in sorted({name for name in names if names.count(name) > 1} if len(names) < 1000 else set()):
-        found.append(Problem(file, 0, 0, "metadata.name", f"{CIDR_GROUP} {name} is defined more than once"))
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else []
+    found += [
+        Problem(file, 0, 0, "metadata.name", f"{CIDR_GROUP} {name} is defined more than once")
+        for name in twice
+    ]
     return found
 
 
@@ -151,19 +199,10 @@ class _Scope:
 
 
 @dataclass(slots=True)
-class _Reader:
+class _Policies(Reader):
     """Reads one document and collects all that is wrong with it."""
 
-    file: str
-    settings: LanguageSettings
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def failed(self) -> bool:
-        return any(one.severity == "error" for one in self.problems)
-
-    def fail(self, node: Node, path: str, message: str) -> None:
-        self.problems.append(Problem(self.file, node.line, node.column, path, message))
+    settings: LanguageSettings = field(default_factory=LanguageSettings)
 
     def unenforced(self, node: Node, path: str, what: str) -> None:
         """Legal, but nothing here enforces it: refused by name unless the caller only wants to be told."""
@@ -173,65 +212,6 @@ class _Reader:
         severity = "warning" if self.settings.allow_unenforced else "error"
         message = f"not enforced yet: {what}{hint}"
         self.problems.append(Problem(self.file, node.line, node.column, path, message, severity))
-
-    # --- shapes -------------------------------------------------------------------------------------------
-
-    def mapping(
-        self, node: Node, path: str, known: Iterable[str], required: Iterable[str] = ()
-    ) -> Mapping[str, Node]:
-        """The fields of a mapping; unknown, missing and null ones are errors and left out."""
-        if not self.expect(node, path, "mapping"):
-            return {}
-        names = tuple(known)
-        for name, key in node.keys.items():
-            if name not in names:
-                self.fail(key, _join(path, name), f"unknown field {shown(name)}{_suggest(name, names)}")
-        for name in required:
-            if name not in node.fields:
-                self.fail(node, _join(path, name), "required, but missing")
-        return {name: value for name, value in node.fields.items() if name in names}
-
-    def expect(self, node: Node, path: str, kind: str) -> bool:
-        """Whether the node has this kind; says so if not."""
-        if node.kind == kind:
-            return True
-        hint = ""
-        if kind == "string" and node.kind in ("number", "boolean"):
-            hint = f' (put it in quotes: "{node.text}")'
-        elif kind == "list":
-            hint = " (did you forget the dash?)" if node.kind in ("mapping", "string") else ""
-        if node.kind == "null":
-            hint = " (leave the field out, or fill it in)"
-        self.fail(node, path, f"expected a {kind}, found {node.shown()}{hint}")
-        return False
-
-    def items(self, node: Node | None, path: str) -> list[tuple[Node, str]]:
-        """(element, path) of a list; nothing if the field is absent or wrong."""
-        if node is None or not self.expect(node, path, "list"):
-            return []
-        return [(item, f"{path}[{index}]") for index, item in enumerate(node.items)]
-
-    def text(self, node: Node | None, path: str) -> str:
-        """The string, empty if absent or wrong."""
-        if node is None or not self.expect(node, path, "string"):
-            return ""
-        return node.text
-
-    def flag(self, node: Node | None, path: str, default: bool) -> bool:
-        """A boolean field."""
-        if node is None or not self.expect(node, path, "boolean"):
-            return default
-        return node.text.lower() in ("true", "yes", "on", "y")
-
-    def choice(self, node: Node, path: str, allowed: Sequence[str]) -> str:
-        """One of `allowed`, exactly as spelled."""
-        if not self.expect(node, path, "string"):
-            return ""
-        if node.text not in allowed:
-            near = _suggest(node.text, allowed)
-            self.fail(node, path, f"{shown(node.text)} is not one of {', '.join(allowed)}{near}")
-            return ""
-        return node.text
 
     # --- objects ------------------------------------------------------------------------------------------
 
@@ -243,6 +223,8 @@ class _Reader:
         if kind is None:
             self.fail(node, "kind", f"required, but missing: one of {', '.join(API_VERSIONS)}")
             return None
+        if kind.text == POLICY_TEST:
+            return None  # tests live beside the policies they are about
         if not self.choice(kind, "kind", tuple(API_VERSIONS)):
             return None
         known = ["apiVersion", "kind", "metadata", "spec", "status"]
@@ -279,7 +261,7 @@ class _Reader:
         if node is None or node.kind != "string" or (empty and not text):
             return text
         if len(text) > 253 or not _DNS_SUBDOMAIN.fullmatch(text):
-            expected = "lower-case letters, digits, '-' and '.', at most 253, starting and ending with a letter or digit"
+            expected = "lower-case letters, digits, '-' and '.', at most 253, a letter or digit at both ends"
             self.fail(node, path, f"{shown(text)} is not a valid name: expected {expected}")
         return text
 
@@ -329,7 +311,7 @@ class _Reader:
                 name = f"{direction}{'Deny' if deny else ''}"
                 for at, (item, item_path) in enumerate(self.items(fields.get(name), f"{path}.{name}")):
                     restricts[direction] = True
-                    rules.append(self.rule(item, item_path, direction, deny, at, scope))
+                    rules.append(self.rule(item, item_path, (direction, deny, at), scope))
         if not any(restricts) and not self.failed:
             expected = "at least one of ingress, ingressDeny, egress, egressDeny with an element"
             self.fail(
@@ -458,9 +440,9 @@ class _Reader:
 
     # --- one rule -----------------------------------------------------------------------------------------
 
-    def rule(
-        self, node: Node, path: str, direction: Direction, deny: bool, index: int, scope: _Scope
-    ) -> Rule:
+    def rule(self, node: Node, path: str, at: tuple[Direction, bool, int], scope: _Scope) -> Rule:
+        """One element of a list; `at` is direction, deny and index."""
+        direction, deny, index = at
         origin = RuleOrigin(
             scope.policy,
             scope.kind,
@@ -487,7 +469,7 @@ class _Reader:
         if removed is not None:
             self.fail(removed, f"{path}.{word}Requires", _REMOVED)
         peers = self.peers(node, fields, path, peer_fields, scope)
-        if "toServices" in fields and _filled(fields.get("toPorts")):
+        if "toServices" in fields and filled(fields.get("toPorts")):
             self.fail(
                 fields["toPorts"],
                 f"{path}.toPorts",
@@ -516,10 +498,10 @@ class _Reader:
         self, node: Node, fields: Mapping[str, Node], path: str, names: Sequence[str], scope: _Scope
     ) -> tuple[Selector, ...] | None:
         """The selectors of the one peer field; None if there is none, or it is the entity `all`."""
-        filled = [name for name in names if _filled(fields.get(name))]
-        if len(filled) > 1:
+        full = [name for name in names if filled(fields.get(name))]
+        if len(full) > 1:
             self.fail(
-                node, path, f"{' and '.join(filled)} cannot be combined in one rule: write one rule for each"
+                node, path, f"{' and '.join(full)} cannot be combined in one rule: write one rule for each"
             )
         found: list[Selector] = []
         everybody = False
@@ -530,11 +512,13 @@ class _Reader:
                 everybody = True
             else:
                 found += part
-        if any(not _filled(fields[name]) for name in given):
+        if any(not filled(fields[name]) for name in given):
             return ()  # a peer field with an empty list: nobody, whatever else is written
         return None if everybody or not given else tuple(dict.fromkeys(found))
 
-    def peer_field(self, name: str, node: Node, path: str, scope: _Scope) -> Sequence[Selector] | None:
+    def peer_field(  # noqa: PLR0911 - one field of the language each
+        self, name: str, node: Node, path: str, scope: _Scope
+    ) -> Sequence[Selector] | None:
         kind = name.removeprefix("from").removeprefix("to")
         listed = self.items(node, path)
         match kind:
@@ -572,10 +556,9 @@ class _Reader:
         if not self.expect(node, path, "string"):
             return None
         address, slash, length = node.text.partition("/")
+        exact = slash and "%" not in address and _PREFIX_LENGTH.fullmatch(length)
         try:
-            if not slash or not _PREFIX_LENGTH.fullmatch(length) or "%" in address:
-                raise ValueError
-            network = ipaddress.ip_network(f"{address}/{length}", strict=False)
+            network = ipaddress.ip_network(f"{address}/{length}" if exact else "", strict=False)
         except ValueError:
             hint = (
                 f' (did you mean "{address}/{128 if ":" in address else 32}"?)'
@@ -689,7 +672,7 @@ class _Reader:
     ) -> tuple[tuple[PortMatch, ...] | None, tuple[PortMatch, ...]]:
         """(plain ports, ports with a layer 7 part); the first is None for every port and protocol."""
         to_ports, icmps = fields.get("toPorts"), fields.get("icmps")
-        if _filled(to_ports) and _filled(icmps):
+        if filled(to_ports) and filled(icmps):
             self.fail(fields["icmps"], f"{path}.icmps", "cannot be combined with toPorts: write two rules")
         plain: list[PortMatch] = []
         layer7: list[PortMatch] = []
@@ -698,7 +681,7 @@ class _Reader:
             (layer7 if has_layer7 else plain).extend(matches)
         for item, at in self.items(icmps, f"{path}.icmps"):
             plain += self.icmp_block(item, at)
-        if not _filled(to_ports) and not _filled(icmps):
+        if not filled(to_ports) and not filled(icmps):
             return None, ()
         return tuple(dict.fromkeys(plain)), tuple(dict.fromkeys(layer7))
 
@@ -743,7 +726,7 @@ class _Reader:
         number = self.port_number(value, f"{path}.port")
         if number is None:
             return _Port(node, protocol)
-        last = end if end > number else number
+        last = max(number, end)
         if number == 0 and end == 0:
             last = 0xFFFF
         ranges = tuple(PortRange(proto, number, last) for proto in numbers)
@@ -820,7 +803,7 @@ class _Reader:
                 and int(text) <= 255
             ):
                 return int(text)
-        near = _suggest(node.text, tuple(names))
+        near = suggest(node.text, tuple(names))
         self.fail(
             node, path, f"expected 0 to 255 or the name of an {family} ICMP type, found {node.shown()}{near}"
         )
@@ -836,7 +819,7 @@ class _Reader:
         direction: Direction,
         scope: _Scope,
     ) -> str:
-        """The kind of layer 7 part of a block (`http`, `dns`, `tls`, `listener`...), empty if there is none."""
+        """The kind of layer 7 part of a block (`http`, `dns`, `listener`...), empty if there is none."""
         kind = (
             self.layer7_rules(fields["rules"], f"{path}.rules", direction, scope) if "rules" in fields else ""
         )
@@ -995,22 +978,6 @@ class _Port:
     zero: bool = False
     ranged: bool = False
     matches: tuple[PortMatch, ...] = ()
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _filled(node: Node | None) -> bool:
-    """Whether a list field is there with at least one element (a wrong type counts, it has its own error)."""
-    return node is not None and (node.kind != "list" or bool(node.items))
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    """` (did you mean ...?)` when something close exists."""
-    by_fold = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower()[:64], by_fold, n=1, cutoff=0.7)
-    return f" (did you mean {by_fold[near[0]]}?)" if near else ""
 
 
 def _is_address(text: str) -> bool:

@@ -25,7 +25,10 @@ def resolved(ports: Iterable[PortMatch], named: NamedPorts) -> list[PortRange]:
 
 
 class ColumnBuilder:
-    """Collects port lists, then numbers the columns. Columns depend on the lists only, never on who may use them."""
+    """Collects port lists, then numbers the columns.
+
+    Columns depend on the lists only, never on who may use them.
+    """
 
     def __init__(self, named: NamedPorts) -> None:
         self._named = named

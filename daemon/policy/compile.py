@@ -1,8 +1,10 @@
-"""Policies x identities -> PolicyTables: the verdict matrix, whose look-up cost does not depend on the policy.
+"""Policies x identities -> PolicyTables: the verdict matrix.
 
-Two peers that match the same selectors are one class (a row); two ports that no rule's ports separate are one class
-(a column). A deny beats every allow, a layer 7 allow turns a plain one into a redirect, and among rules of equal
-strength the lowest number is named, so equal inputs give equal tables whatever their order.
+Whose look-up cost does not depend on the policy.
+
+Two peers that match the same selectors are one class (a row); two ports that no rule's ports separate are one
+class (a column). A deny beats every allow, a layer 7 allow turns a plain one into a redirect, and among rules
+of equal strength the lowest number is named, so equal inputs give equal tables whatever their order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,7 +63,10 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Failsafe:
-    """Traffic that policy can never close. No prefixes: any peer; prefixes name addresses outside the mesh only."""
+    """Traffic that policy can never close.
+
+    No prefixes: any peer; prefixes name addresses outside the mesh only.
+    """
 
     direction: Direction
     proto: Proto
@@ -74,7 +79,8 @@ class CompileSettings:
     """What the daemon's configuration means for policy.
 
     mode: `default`, `always` or `never`. named_ports: name -> (protocol, port) pairs that it resolves to.
-    audit_policies: titles of policies whose denials are reported, not enforced, and whose allows open nothing.
+    audit_policies: titles of policies whose denials are reported, not enforced, and whose allows open
+    nothing.
     """
 
     mode: str = "default"
@@ -124,12 +130,13 @@ def compile_policy(
     subject: Subject,
     identities: Mapping[Identity, LabelSet],
     settings: CompileSettings,
+    *,
     previous: "Compiled | None" = None,
 ) -> "Compiled":
     """What the policies mean for the subject, for every identity and every address; order does not matter.
 
-    The tables depend on the other arguments only: `previous` (any earlier result) lends its index of identities, which
-    makes a change of policy cheap.
+    The tables depend on the other arguments only: `previous` (any earlier result) lends its index of
+    identities, which makes a change of policy cheap.
     """
     universe = previous.compiler.universe if previous is not None else Universe()
     if len(universe) > MAX_ATOMS:
@@ -287,7 +294,10 @@ class Compiler:
         return tuple(found)
 
     def _outside(self, identity: Identity, labels: LabelSet) -> list[int]:
-        """What an identity matches beyond its labels: CIDR selectors, and for the worlds the selectors of `world`."""
+        """What an identity matches beyond its labels.
+
+        CIDR selectors, and for the worlds the selectors of `world`.
+        """
         mask = 0
         for label in labels:
             if label.source == CIDR:
@@ -333,7 +343,10 @@ class Compiler:
     # --- tables -------------------------------------------------------------------------------------------
 
     def tables(self) -> Compiled:
-        """From scratch for the identities of the universe: rows are numbered by their classes, not by identities."""
+        """From scratch for the identities of the universe.
+
+        Rows are numbered by their classes, not by identities.
+        """
         universe = self.universe
         of_class = {number: self._class_signature(one) for number, one in universe.live_classes()}
         prefixes, of_group = self._prefix_groups()
@@ -426,7 +439,10 @@ class _Rows:
         return number
 
     def _find(self, row: tuple[int, ...]) -> int:
-        """Only asked when the shared numbering does not know: the row is new, or `compiled` is not the latest."""
+        """Only asked when the shared numbering does not know.
+
+        The row is new, or `compiled` is not the latest.
+        """
         if self._known is not None and row in self._rows:
             return self._rows.index(row)
         self._rows.append(row)
@@ -552,7 +568,10 @@ def _audit(enforced: Sequence[int], everything: Sequence[int]) -> list[int]:
 
 
 class Layered(Mapping[Identity, Rows]):
-    """A mapping over a large one with a few changes, so that one identity does not cost a copy of all others."""
+    """A mapping over a large one with a few changes.
+
+    So that one identity does not cost a copy of all others.
+    """
 
     __slots__ = ("_base", "_changes")
 

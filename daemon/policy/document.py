@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import yaml
 
@@ -51,7 +52,7 @@ def shown(text: str) -> str:
     return '"' + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in cut) + '"'
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, message: str, mark: object = None, offset: int = 0) -> None:
         super().__init__(message)
         self.line = getattr(mark, "line", -1) + 1 + offset if mark is not None else 0
@@ -68,18 +69,21 @@ def read_documents(text: str, file: str) -> Iterator[Node | Problem]:
     for offset, chunk in _chunks(text):
         try:
             yield from _Builder(offset, budget).documents(chunk)
-        except _Refused as error:
+        except _RefusedError as error:
             yield Problem(file, error.line, error.column, "", str(error))
             if budget.left < 0:
                 return
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:
-    """(lines before it, text) of each document: `---` in the first column always starts one, even inside a scalar."""
+    """(lines before it, text) of each document.
+
+    `---` in the first column starts one, even inside a scalar.
+    """
     starts = [match.start() for match in _DOCUMENT_START.finditer(text)]
     edges = [0, *(at for at in starts if at), len(text)]
     line = 0
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in pairwise(edges):
         chunk = text[first:end]
         if chunk.strip():
             yield line, chunk
@@ -99,7 +103,7 @@ class _Builder:
         self._budget = budget
 
     def documents(self, text: str) -> Iterator[Node]:
-        """Every non-empty document in `text`. Raises _Refused."""
+        """Every non-empty document in `text`. Raises _RefusedError."""
         stack: list[tuple[Node, Node | None]] = []  # open collections, with the key a mapping waits on
         root: Node | None = None
         try:
@@ -109,34 +113,41 @@ class _Builder:
                 elif isinstance(event, yaml.DocumentEndEvent):
                     if root is not None and not (root.kind == "null" and not root.text):
                         yield root
-                elif isinstance(event, yaml.AliasEvent):
-                    raise self._refuse("aliases (*name) are not accepted: write the value out", event)
                 elif isinstance(event, yaml.CollectionEndEvent):
                     stack.pop()
                 elif isinstance(event, yaml.NodeEvent):
-                    node = self._node(event)
-                    if stack:
-                        self._attach(stack, node, event)
-                    else:
-                        root = node
-                    if node.kind in ("mapping", "list"):
-                        stack.append((node, None))
-                        if len(stack) > MAX_DEPTH:
-                            raise self._refuse(f"nested deeper than {MAX_DEPTH} levels", event)
+                    node = self._place(event, stack)
+                    root = node if root is None else root
         except yaml.MarkedYAMLError as error:
             what = " ".join(part for part in (error.context, error.problem) if part)
             mark = error.problem_mark or error.context_mark
-            raise _Refused(f"not valid YAML: {what}{_hint(what)}", mark, self._offset) from None
+            raise _RefusedError(f"not valid YAML: {what}{_hint(what)}", mark, self._offset) from None
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) if isinstance(error.position, int) else 0
-            refused = _Refused(f"not valid YAML: unacceptable character ({error.reason})")
+            refused = _RefusedError(f"not valid YAML: unacceptable character ({error.reason})")
             refused.line, refused.column = line + 1 + self._offset, 1
             raise refused from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise _Refused(f"not valid YAML: {error}") from None
+            raise _RefusedError(f"not valid YAML: {error}") from None
 
-    def _refuse(self, message: str, event: object) -> _Refused:
-        return _Refused(message, getattr(event, "start_mark", None), self._offset)
+    def _place(self, event: "yaml.NodeEvent", stack: list[tuple[Node, Node | None]]) -> Node:
+        """The node of an event, attached to the open collection.
+
+        It becomes the open one if it is a collection.
+        """
+        if isinstance(event, yaml.AliasEvent):
+            raise self._refuse("aliases (*name) are not accepted: write the value out", event)
+        node = self._node(event)
+        if stack:
+            self._attach(stack, node, event)
+        if node.kind in ("mapping", "list"):
+            stack.append((node, None))
+            if len(stack) > MAX_DEPTH:
+                raise self._refuse(f"nested deeper than {MAX_DEPTH} levels", event)
+        return node
+
+    def _refuse(self, message: str, event: object) -> _RefusedError:
+        return _RefusedError(message, getattr(event, "start_mark", None), self._offset)
 
     def _node(self, event: "yaml.NodeEvent") -> Node:
         self._budget.left -= 1

@@ -1,4 +1,7 @@
-"""Why a verdict is what it is: the deciding rule, who restricted the subject, and which rule nearly allowed it."""
+"""Why a verdict is what it is.
+
+The deciding rule, who restricted the subject, and which rule nearly allowed it.
+"""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,7 +26,10 @@ from daemon.policy.tables import PORTLESS
 
 
 class Peer(NamedTuple):
-    """The other side: an identity with its labels, an address outside the mesh, or (neither) someone unknown."""
+    """The other side: an identity with its labels, an address outside the mesh.
+
+    Or (neither) someone unknown.
+    """
 
     identity: Identity = Identity(0)
     labels: LabelSet | None = None

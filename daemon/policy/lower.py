@@ -1,4 +1,7 @@
-"""What the language adds to what is written: implicit selector parts, entities, names of ports and ICMP types."""
+"""What the language adds to what is written.
+
+Implicit selector parts, entities, names of ports and ICMP types.
+"""
 
 import re
 
@@ -35,19 +38,21 @@ EXTENDED_PROTOCOLS = {"VRRP": 112, "IGMP": 2}
 
 ICMP4_TYPES = {
     "EchoReply": 0, "DestinationUnreachable": 3, "Redirect": 5, "Echo": 8, "EchoRequest": 8,
-    "RouterAdvertisement": 9, "RouterSelection": 10, "TimeExceeded": 11, "ParameterProblem": 12, "Timestamp": 13,
-    "TimestampReply": 14, "Photuris": 40, "ExtendedEchoRequest": 42, "ExtendedEchoReply": 43,
+    "RouterAdvertisement": 9, "RouterSelection": 10, "TimeExceeded": 11, "ParameterProblem": 12,
+    "Timestamp": 13, "TimestampReply": 14, "Photuris": 40, "ExtendedEchoRequest": 42, "ExtendedEchoReply":
+    43,
 }  # fmt: skip
 ICMP6_TYPES = {
-    "DestinationUnreachable": 1, "PacketTooBig": 2, "TimeExceeded": 3, "ParameterProblem": 4, "EchoRequest": 128,
-    "EchoReply": 129, "MulticastListenerQuery": 130, "MulticastListenerReport": 131, "MulticastListenerDone": 132,
-    "RouterSolicitation": 133, "RouterAdvertisement": 134, "NeighborSolicitation": 135, "NeighborAdvertisement": 136,
-    "RedirectMessage": 137, "RouterRenumbering": 138, "ICMPNodeInformationQuery": 139,
-    "ICMPNodeInformationResponse": 140, "InverseNeighborDiscoverySolicitation": 141,
-    "InverseNeighborDiscoveryAdvertisement": 142, "HomeAgentAddressDiscoveryRequest": 144,
-    "HomeAgentAddressDiscoveryReply": 145, "MobilePrefixSolicitation": 146, "MobilePrefixAdvertisement": 147,
-    "DuplicateAddressRequestCodeSuffix": 157, "DuplicateAddressConfirmationCodeSuffix": 158,
-    "ExtendedEchoRequest": 160, "ExtendedEchoReply": 161,
+    "DestinationUnreachable": 1, "PacketTooBig": 2, "TimeExceeded": 3, "ParameterProblem": 4, "EchoRequest":
+    128, "EchoReply": 129, "MulticastListenerQuery": 130, "MulticastListenerReport": 131,
+    "MulticastListenerDone": 132, "RouterSolicitation": 133, "RouterAdvertisement": 134,
+    "NeighborSolicitation": 135, "NeighborAdvertisement": 136, "RedirectMessage": 137, "RouterRenumbering":
+    138, "ICMPNodeInformationQuery": 139, "ICMPNodeInformationResponse": 140,
+    "InverseNeighborDiscoverySolicitation": 141, "InverseNeighborDiscoveryAdvertisement": 142,
+    "HomeAgentAddressDiscoveryRequest": 144, "HomeAgentAddressDiscoveryReply": 145,
+    "MobilePrefixSolicitation": 146, "MobilePrefixAdvertisement": 147, "DuplicateAddressRequestCodeSuffix":
+    157, "DuplicateAddressConfirmationCodeSuffix": 158, "ExtendedEchoRequest": 160, "ExtendedEchoReply":
+    161,
 }  # fmt: skip
 
 ENTITIES = (
@@ -98,7 +103,10 @@ def subject(selector: LabelSelector, namespace: str) -> LabelSelector:
 
 
 def endpoint_peer(selector: LabelSelector, namespace: str, *, for_init: bool) -> LabelSelector:
-    """A fromEndpoints/toEndpoints element with its implicit parts; `namespace` is empty in cluster-wide policies."""
+    """A fromEndpoints/toEndpoints element with its implicit parts.
+
+    `namespace` is empty in cluster-wide policies.
+    """
     if mentions_reserved(selector):
         return selector
     requirements = list(selector.requirements)
@@ -167,7 +175,10 @@ def fqdn_peer(name: str) -> LabelSelector:
 
 
 def label_prefix(key: str) -> Prefix | None:
-    """The prefix of a `cidr:` label key: IPv6 is written with `-` for `:` and `0` at an end that would be empty."""
+    """The prefix of a `cidr:` label key.
+
+    IPv6 is written with `-` for `:` and `0` at an end that would be empty.
+    """
     text = key
     if "." not in key:
         address, slash, length = key.partition("/")

@@ -78,9 +78,10 @@ class _KeyAtoms:
 class Universe:
     """All identities, grouped by the atoms that hold for them.
 
-    An atom is one requirement without its negation; it gets a bit. A label makes a fixed mask of bits true, computed
-    once per distinct label, so that an identity costs one look-up per label. The grouping is a cache: it depends on
-    the identities and on every requirement ever asked for, and a finer grouping never changes an answer.
+    An atom is one requirement without its negation; it gets a bit. A label makes a fixed mask of bits true,
+    computed once per distinct label, so that an identity costs one look-up per label. The grouping is a
+    cache: it depends on the identities and on every requirement ever asked for, and a finer grouping never
+    changes an answer.
     """
 
     def __init__(self) -> None:
@@ -296,7 +297,8 @@ def _true(atom: Requirement, label: Label) -> bool:
 class LabelMatcher:
     """Some label selectors over a universe: from the atoms that hold to the selectors that match.
 
-    A selector waits under the atom it shares with the fewest others, so a class is tested against few of them.
+    A selector waits under the atom it shares with the fewest others, so a class is tested against few of
+    them.
     """
 
     def __init__(self, universe: Universe, selectors: Mapping[int, LabelSelector]) -> None:
@@ -353,7 +355,9 @@ class _Marks:
 
 @dataclass(slots=True)
 class CidrMatcher:
-    """CIDR selectors and `cidr:` keys over nested prefixes; one bit each, so a million prefixes share few masks.
+    """CIDR selectors and `cidr:` keys over nested prefixes; one bit each.
+
+    So a million prefixes share few masks.
 
     marks: what begins at each named prefix. Bits only accumulate from a prefix to those inside it.
     """
@@ -386,7 +390,10 @@ class CidrMatcher:
             self.marks.setdefault(prefix, _Marks())
 
     def sweep(self) -> dict[Prefix, int]:
-        """Every named prefix -> mask of the selectors that its own addresses match; parents before children."""
+        """Every named prefix -> mask of the selectors that its own addresses match.
+
+        Parents before children.
+        """
         stack: list[tuple[Prefix, int, int]] = []
         for prefix in sorted(self.marks):
             while stack and not stack[-1][0].contains(prefix):
@@ -401,7 +408,9 @@ class CidrMatcher:
         return self.masks
 
     def of_label(self, prefix: Prefix) -> int:
-        """What an identity with the label `cidr:<prefix>` matches: prefixes around it, no exception touching it.
+        """What an identity with the label `cidr:<prefix>` matches: prefixes around it.
+
+        No exception touching it.
 
         /0 without exceptions is not among them: it stands for the world label.
         """

@@ -23,8 +23,8 @@ class Rows(NamedTuple):
 class Columns:
     """Port classes: `cuts[proto]` are ascending first ports, `columns[proto]` the column from each cut on.
 
-    Protocols that are not named use `protocols[number]`, or column 0; the same holds for PORTLESS of a named one.
-    Column 0 is what only rules without ports reach.
+    Protocols that are not named use `protocols[number]`, or column 0; the same holds for PORTLESS of a named
+    one. Column 0 is what only rules without ports reach.
     """
 
     cuts: Mapping[Proto, tuple[int, ...]]
@@ -42,7 +42,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One direction. `rows[row][column]` is a packed cell (daemon.model.verdict) whose rule is an index of `rules`."""
+    """One direction. `rows[row][column]` is a packed cell (model/verdict.py); its rule is a key of `rules`."""
 
     enforced: bool
     default_deny: bool
@@ -58,13 +58,12 @@ class Matrix:
 class PolicyTables:
     """The compiled policy of one subject. Equal inputs give equal tables, so reconcilers may compare with ==.
 
-    rules: rule index -> origin. Indexes below bpf.layout.FIRST_RULE are the fixed rules and have no origin; policy
-    rules start at FIRST_RULE (`first_rule` repeats the number, so that this package need not know bpf).
-    identities: rows of each identity that has labels.
-    prefixes: every prefix that policy tells apart -> its group; 0.0.0.0/0 and ::/0 are always there. An address
-    belongs to its longest prefix, unless a managed identity owns it.
-    groups: rows of each prefix group.
-    unknown: rows of a peer whose identity has no labels yet.
+    rules: rule index -> origin. Indexes below bpf.layout.FIRST_RULE are the fixed rules and have no origin;
+    policy rules start at FIRST_RULE (`first_rule` repeats the number, so that this package need not know
+    bpf). identities: rows of each identity that has labels. prefixes: every prefix that policy tells apart ->
+    its group; 0.0.0.0/0 and ::/0 are always there. An address belongs to its longest prefix, unless a managed
+    identity owns it. groups: rows of each prefix group. unknown: rows of a peer whose identity has no labels
+    yet.
     """
 
     ingress: Matrix

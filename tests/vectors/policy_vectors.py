@@ -1,7 +1,7 @@
 """Run policy vector files through the reader, the compiler and the tables that the data path gets.
 
-`python tests/vectors/policy_vectors.py FILE.jsonl...` prints each wrong answer and one line of totals; exit status 1
-when any answer is wrong. Verdict and validation cases may be mixed.
+`python tests/vectors/policy_vectors.py FILE.jsonl...` prints each wrong answer and one line of totals; exit
+status 1 when any answer is wrong. Verdict and validation cases may be mixed.
 """
 
 import argparse
@@ -147,7 +147,10 @@ def _verdicts(case: dict[str, Any], score: Score) -> None:
 
 
 def _judge(tables: Compiled, query: dict[str, Any], address: Prefix | None) -> str:
-    """What is wrong with our answer, by identity and, for prefixes that have addresses of their own, by address."""
+    """What is wrong with our answer, by identity and, for prefixes that have addresses of their own.
+
+    By address.
+    """
     direction = Direction[query["direction"].upper()]
     matrix = tables.matrix(direction)
     rows = [tables.rows_of(Identity(query["peer"]))]
@@ -184,7 +187,10 @@ def _why(enforced: bool, verdict: Verdict, rule: int) -> str:
 
 
 def _addresses(tables: Compiled, identities: dict[int, LabelSet]) -> dict[int, Prefix]:
-    """An address for each outside prefix that the tables name and do not split: there both questions are one."""
+    """An address for each outside prefix that the tables name and do not split.
+
+    There both questions are one.
+    """
     prefixes = {}
     for number, labels in identities.items():
         found = [label_prefix(one.key) for one in labels if one.source == "cidr"]
