@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from bpf.layout import BUDGET, EVENT, LAYOUT_VERSION, EventKind, Reason, maps, sized
 from bpf.syscall import PinnedMap, ProgType, possible_cpus, prog_load, prog_test_run
@@ -217,3 +218,22 @@ async def test_a_flood_leaves_the_loop_responsive(pins, run):
     with contextlib.suppress(asyncio.CancelledError):
         await reader
     datapath.close()
+
+
+def test_the_daemons_own_event_loop_reads_the_ring_too(pins):
+    async def main():
+        datapath = FakeDatapath(pins)
+        pipeline = FlowPipeline(Tables(), pins)
+        task = asyncio.ensure_future(pipeline.run())
+        reader = asyncio.ensure_future(take(pipeline.observe(Request(follow=True)), 500))
+        await asyncio.sleep(0.05)
+        for number in range(500):
+            datapath.send(length=number)
+            await asyncio.sleep(0)
+        found = await reader
+        task.cancel()
+        await asyncio.wait([task])
+        datapath.close()
+        return found
+
+    assert [flow.length for flow in uvloop.run(main())] == list(range(500))
