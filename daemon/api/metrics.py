@@ -83,6 +83,7 @@ def families(pipeline: FlowPipeline, tables: Tables) -> Iterator[Family]:
     yield from _flows(pipeline)
     yield from _packets(read_reasons(pipeline.pins))
     yield from _state(tables)
+    yield from _mesh(tables)
     yield from _process(pipeline.started_ns)
 
 
@@ -219,6 +220,33 @@ def _state(tables: Tables) -> Iterator[Family]:
         for source, since in sorted(table.stale_since.items())
     ]
     yield Family("meshwall_stale_seconds", "gauge", "Since when a source of a table is out of reach", stale)
+
+
+def _mesh(tables: Tables) -> Iterator[Family]:
+    """Remote clusters, one by one; `..._readiness_status` is the main alert."""
+    host = next(iter(tables.host.rows.values()), None)
+    here = {"source_cluster": host.cluster, "source_node_name": host.name} if host else {}
+    status = {
+        name.removeprefix("mesh:"): row
+        for name, row in sorted(tables.status.rows.items())
+        if name.startswith("mesh:")
+    }
+    nodes = Counter(key.cluster for key in tables.nodes)
+    yield Family(
+        "cilium_clustermesh_remote_clusters", "gauge", "Remote clusters in the store", [(here, len(status))]
+    )
+    yield Family(
+        "cilium_clustermesh_remote_cluster_readiness_status",
+        "gauge",
+        "1 if everything of a remote cluster is known and followed",
+        [(here | {"target_cluster": name}, row.ok) for name, row in status.items()],
+    )
+    yield Family(
+        "cilium_clustermesh_remote_cluster_nodes",
+        "gauge",
+        "Nodes known of a remote cluster",
+        [(here | {"target_cluster": name}, nodes[name]) for name in status],
+    )
 
 
 def _identity_kind(identity: int) -> str:

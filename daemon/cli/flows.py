@@ -82,6 +82,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Show flows: the last 20, or with -f those to come.",
     )
     parser.set_defaults(run=run)
+    parser.add_argument("kind", nargs="?", choices=["flows"], help=argparse.SUPPRESS)  # as in hubble
     seek = parser.add_argument_group("which")
     seek.add_argument("-f", "--follow", action="store_true", help="go on with new flows")
     seek.add_argument("--last", type=_count, metavar="N", help=f"the newest N (default {DEFAULT_NUMBER})")

@@ -12,7 +12,7 @@ from daemon.flows.pipeline import FlowPipeline
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction
-from daemon.state.tables import IdentityRow, StatusRow, Tables
+from daemon.state.tables import HostRow, IdentityRow, NodeKey, NodeRow, StatusRow, Tables
 
 
 @pytest.fixture
@@ -71,6 +71,19 @@ def test_losses_and_state_are_told(told, tables):
     for kind in ("reserved", "cluster_local", "node_local", "remote_node"):
         assert f'cilium_identity{{type="{kind}"}} 1\n' in text
     assert 'meshwall_part_ok{part="mesh:\\"beta\\""} 0\n' in text
+
+
+def test_remote_clusters_are_told_one_by_one(told, tables):
+    tables.host.put("host", HostRow("a1", "alpha", 1, frozenset(), frozenset(), ()))
+    tables.status.put("mesh", StatusRow(ok=True, text="connected"))
+    tables.status.put("mesh:beta", StatusRow(ok=True, text="synced"))
+    tables.status.put("mesh:gamma", StatusRow(ok=False, text="lost"))
+    tables.nodes.put(NodeKey("beta", "b1"), NodeRow((), frozenset(), Identity(6), "mesh:beta"))
+    text, here = told(), 'source_cluster="alpha",source_node_name="a1"'
+    assert f"cilium_clustermesh_remote_clusters{{{here}}} 2\n" in text
+    ready = "cilium_clustermesh_remote_cluster_readiness_status"
+    assert f'{ready}{{{here},target_cluster="beta"}} 1\n{ready}{{{here},target_cluster="gamma"}} 0\n' in text
+    assert f'cilium_clustermesh_remote_cluster_nodes{{{here},target_cluster="beta"}} 1\n' in text
 
 
 def test_every_line_is_a_comment_or_a_sample(told):

@@ -182,6 +182,7 @@ def test_two_parses_share_nothing():
         (("--last", "7"), {"number": "7"}),
         (("--first", "3"), {"number": "3", "first": "true"}),
         (("--all",), {}),
+        (("flows", "--last", "7"), {"number": "7"}),
         (("-f",), {"follow": "true"}),
         (("-f", "--last", "1"), {"follow": "true", "number": "1"}),
         (("--since", "2026-11-23T12:00:00Z"), {"since": "2026-11-23T12:00:00+00:00"}),
