@@ -229,7 +229,7 @@ def _mesh(tables: Tables) -> Iterator[Family]:
     status = {
         name.removeprefix("mesh:"): row
         for name, row in sorted(tables.status.rows.items())
-        if name.startswith("mesh:")
+        if name.startswith("mesh:") and not row.details.get("own")
     }
     nodes = Counter(key.cluster for key in tables.nodes)
     yield Family(

@@ -76,6 +76,7 @@ def test_losses_and_state_are_told(told, tables):
 def test_remote_clusters_are_told_one_by_one(told, tables):
     tables.host.put("host", HostRow("a1", "alpha", 1, frozenset(), frozenset(), ()))
     tables.status.put("mesh", StatusRow(ok=True, text="connected"))
+    tables.status.put("mesh:alpha", StatusRow(ok=True, text="synced", details={"own": True}))
     tables.status.put("mesh:beta", StatusRow(ok=True, text="synced"))
     tables.status.put("mesh:gamma", StatusRow(ok=False, text="lost"))
     tables.nodes.put(NodeKey("beta", "b1"), NodeRow((), frozenset(), Identity(6), "mesh:beta"))
