@@ -147,16 +147,6 @@ def wanted(caller: Caller, port: int) -> str:
     return "passes" if port == SSH or (port == KUBELET and caller.metrics_server) else "dropped"
 
 
-def until(what: str, patience_s: float, ready: Callable[[], bool], details: Callable[[], str] = str) -> float:
-    """Poll; how long it took. DemoError when it never happens."""
-    started = time.monotonic()
-    while not ready():
-        if time.monotonic() - started > patience_s:
-            raise DemoError(f"{what}: not within {patience_s:.0f} s\n{details()}")
-        time.sleep(0.05)
-    return time.monotonic() - started
-
-
 def asked(host: Host, *arguments: str) -> Any:
     """Decoded JSON of a command, None when it failed."""
     done = world.meshwall(host, *arguments, "-o", "json")
@@ -174,12 +164,7 @@ def knows_everyone(host: Host) -> bool:
 
 def until_ready(host: Host) -> None:
     what = f"meshwalld on {host.name} to know all pods"
-    until(what, 60, lambda: knows_everyone(host), lambda: daemon_details(host))
-
-
-def daemon_details(host: Host) -> str:
-    status = world.meshwall(host, "status")
-    return f"{status.stdout}{status.stderr}\n{world.log_tail(f'meshwalld-{host.name}')}"
+    world.wait_for(what, f"meshwalld-{host.name}", lambda: knows_everyone(host), 60)
 
 
 def first_time(through: bool, source: str, target: str) -> float:
@@ -241,8 +226,9 @@ def apply_policy() -> None:
     def denied() -> bool:
         return not world.connected(web.host.pod_namespace, web.address.v4, A1.address.v4, KUBELET, 0.1)
 
-    took = until("the policy to be enforced", 10, denied, lambda: daemon_details(A1))
-    say(f"   in force {max(took - 0.1, 0) * 1000:.0f} ms after the file appeared")
+    renamed = time.monotonic()
+    world.wait_for("the policy to be enforced", f"meshwalld-{A1.name}", denied, 10)
+    say(f"   in force {max(time.monotonic() - renamed - 0.1, 0) * 1000:.0f} ms after the file appeared")
 
 
 def drops() -> Check:
