@@ -141,7 +141,7 @@ def flow_json(flow: Flow, started_ns: int) -> Json:
         "uuid": _uuid(started_ns, flow.number),
         "verdict": flow.verdict.name,
     }
-    if drop:
+    if drop and flow.drop:
         shown["drop_reason"] = int(flow.drop)
     if flow.family:
         shown["IP"] = {
@@ -159,24 +159,27 @@ def flow_json(flow: Flow, started_ns: int) -> Json:
     for name, side in (("source_names", flow.source), ("destination_names", flow.destination)):
         if side.node and not side.local:
             shown[name] = [side.node]
-    shown["event_type"] = {"type": 1, "sub_type": int(flow.drop)} if drop else {"type": 5}
+    shown["event_type"] = _without_defaults(
+        {"type": int(flow.type), "sub_type": int(flow.drop) if drop else 0}
+    )
     shown["traffic_direction"] = flow.direction.name
     if flow.rule == RULE_DEFAULT_ALLOW:
         shown["policy_match_type"] = _ALL_MATCH
-    if drop:
-        shown["drop_reason_desc"] = flow.drop.name
-    else:
+    if not drop:
         shown["is_reply"] = False
-    shown["interface"] = _without_defaults({"index": flow.ifindex, "name": flow.interface})
+    elif flow.drop:
+        shown["drop_reason_desc"] = flow.drop.name
+    if flow.ifindex:
+        shown["interface"] = _without_defaults({"index": flow.ifindex, "name": flow.interface})
     shown["Summary"] = summary(flow)
     if flow.origin and (member := _policy_member(flow)):
         namespace, _, name = flow.origin.policy.rpartition("/")
         policy = {"name": name, "namespace": namespace, "kind": flow.origin.kind}
         shown[member] = [_without_defaults(policy)]
-    found: Json = {"flow": shown, "time": moment, "meshwall": _ours(flow)}
+    found: Json = {"flow": shown}
     if node:
         found["node_name"] = node
-    return found
+    return found | {"time": moment, "meshwall": _ours(flow)}
 
 
 def _policy_member(flow: Flow) -> str:
@@ -256,8 +259,13 @@ def _second(seconds: int) -> str:
 
 
 def _rfc3339(time_ns: int) -> str:
+    """As protobuf's JSON writes it: with 0, 3, 6 or 9 decimals."""
     seconds, fraction = divmod(time_ns, 1_000_000_000)
-    return f"{_second(seconds)}.{fraction:09d}Z"
+    if fraction % 1_000:
+        return f"{_second(seconds)}.{fraction:09d}Z"
+    if fraction % 1_000_000:
+        return f"{_second(seconds)}.{fraction // 1_000:06d}Z"
+    return f"{_second(seconds)}.{fraction // 1_000_000:03d}Z" if fraction else f"{_second(seconds)}Z"
 
 
 def status_json(pipeline: FlowPipeline) -> Json:

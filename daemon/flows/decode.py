@@ -129,8 +129,10 @@ _BY_NUMBER = {int(reason): drop for reason, drop in HUBBLE_REASON.items()}
 
 
 def drop_reason(number: int) -> DropReason:
-    """Hubble's reason for one of ours: an invalid packet if it is unknown and drops, NONE if it passes."""
-    return _BY_NUMBER.get(number, _MALFORMED if number >= Reason.POLICY_DEFAULT else DropReason.NONE)
+    """Hubble's reason for one of ours: an invalid packet if it is unknown and drops,no drop if it passes."""
+    return _BY_NUMBER.get(
+        number, _MALFORMED if number >= Reason.POLICY_DEFAULT else DropReason.DROP_REASON_UNKNOWN
+    )
 
 
 class Meaning(NamedTuple):
@@ -139,7 +141,7 @@ class Meaning(NamedTuple):
     type: FlowType
     verdict: FlowVerdict
     reason: str
-    drop: DropReason  # NONE for what is allowed
+    drop: DropReason  # of what is dropped or audited
     judged: bool  # a cell of the policy decided; otherwise the event's rule says nothing
 
 
@@ -160,6 +162,6 @@ def meaning(kind: int, reason: int, verdict: int) -> Meaning:
         FlowType.POLICY_VERDICT if allowed or kind == EventKind.AUDIT else FlowType.DROP,
         outcome,
         reason_name(reason),
-        DropReason.NONE if allowed else drop_reason(reason),
+        DropReason.DROP_REASON_UNKNOWN if allowed else drop_reason(reason),
         reason in _JUDGED,
     )

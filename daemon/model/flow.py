@@ -28,7 +28,7 @@ class FlowType(IntEnum):
 class DropReason(IntEnum):
     """flow.DropReason of the Hubble API: the members our own reasons map to."""
 
-    NONE = 0
+    DROP_REASON_UNKNOWN = 0  # also: no drop
     INVALID_SOURCE_IP = 132
     POLICY_DENIED = 133
     INVALID_PACKET_DROPPED = 134
@@ -43,7 +43,7 @@ class DropReason(IntEnum):
 
 
 DROP_TEXT = {
-    DropReason.NONE: "",
+    DropReason.DROP_REASON_UNKNOWN: "",
     DropReason.INVALID_SOURCE_IP: "Invalid source ip",
     DropReason.POLICY_DENIED: "Policy denied",
     DropReason.INVALID_PACKET_DROPPED: "Invalid packet",
@@ -100,7 +100,7 @@ class Flow(NamedTuple):
     type: FlowType
     verdict: FlowVerdict
     reason: str  # our own cause, `policy-default`, `bad-ihl`, ...; the one that would have dropped if audited
-    drop: DropReason  # NONE unless dropped or audited
+    drop: DropReason  # of what is dropped or audited
     direction: Direction
     hook: str
     interface: str

@@ -121,6 +121,29 @@ def test_policies_stand_under_what_they_did_and_never_as_allowing_a_drop(shown):
     assert "is_reply" not in denied["flow"]
 
 
+@pytest.mark.parametrize(
+    ("time_ns", "text"),
+    [
+        (0, "00:00:00Z"),
+        (1_050_000_000, "01.050Z"),
+        (1_000_020_000, "01.000020Z"),
+        (1_000_000_003, "01.000000003Z"),
+    ],
+)
+def test_times_have_as_many_decimals_as_protobuf_gives_them(shown, time_ns, text):
+    assert shown(time_ns=time_ns)["time"].endswith(text)
+
+
+def test_members_stand_in_the_order_of_hubbles_fields(shown):
+    found = shown()
+    assert list(found) == ["flow", "node_name", "time", "meshwall"]
+    order = [
+        "time", "uuid", "verdict", "drop_reason", "IP", "l4", "source", "destination", "Type", "node_name",
+        "event_type", "traffic_direction", "drop_reason_desc", "interface", "Summary",
+    ]  # fmt: skip
+    assert list(found["flow"]) == order
+
+
 async def test_a_query_streams_one_object_a_line(client, pipeline):
     pipeline.append(pack() + pack(dport_be=b"\0\x16"))
     pipeline.store.note(Lost(LostSource.PERF_EVENT_RING_BUFFER, 4, 2))

@@ -39,7 +39,7 @@ def test_every_reason_that_drops_has_a_hubble_number_and_text():
 
 
 def test_passing_and_unknown_reasons_have_an_answer_too():
-    assert drop_reason(Reason.FORWARDED) is DropReason.NONE
+    assert drop_reason(Reason.FORWARDED) is DropReason.DROP_REASON_UNKNOWN
     assert drop_reason(63) is DropReason.INVALID_PACKET_DROPPED
     assert (reason_name(Reason.BAD_IHL), reason_name(63)) == ("bad-ihl", "reason-63")
 

@@ -74,7 +74,7 @@ def test_an_allowed_connection_is_a_policy_verdict_with_names(see, pack):
     assert (flow.type, flow.verdict, flow.drop) == (
         FlowType.POLICY_VERDICT,
         FlowVerdict.FORWARDED,
-        DropReason.NONE,
+        DropReason.DROP_REASON_UNKNOWN,
     )
     assert (flow.source.namespace, flow.source.pod, flow.source.cluster) == (
         "mon",
