@@ -112,10 +112,10 @@ class Rig:
 
         self.sizes = sizes
         self.maps = {name: PinnedMap.create(spec) for name, spec in layout.maps(sizes).items()}
-        features = probe()
-        self.hz = features.hz
-        prepare_config(self.maps["config"], features.hz)
-        self.loaded = load_programs(self.maps, sizes, features)
+        self.features = probe()
+        self.hz = self.features.hz
+        prepare_config(self.maps["config"], self.hz)
+        self.loaded = load_programs(self.maps, sizes, self.features)
         self._generation = 0
         self._ring = _Ring(self.maps["events"])
 
@@ -162,6 +162,9 @@ class Rig:
                 )
                 flags |= ConfigFlag.V6_TRIE
         for address, slot in policy.addresses.items():
+            if len(address) == 4 and slot == SLOT_HOST:  # asked for whenever a packet is about to be dropped
+                blocks.put(address, 32, slot)
+                continue
             self.maps["ip4_hosts" if len(address) == 4 else "ip6_hosts"].update(address, PEER.pack(slot=slot))
             if len(address) == 4:
                 blocks.mark_hosts(address)

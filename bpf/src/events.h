@@ -19,9 +19,9 @@ static __always_inline void count_reason(const struct packet *p, const struct sc
 /* May this reason still send an event in this second, on this CPU? */
 static __always_inline int within_budget(struct budget *budget)
 {
-	__u64 now = bpf_jiffies64() / HZ;
+	__u64 now = bpf_jiffies64();
 
-	if (budget->window != now) {
+	if (now - budget->window >= HZ) {	/* a division would cost more than all else here */
 		budget->window = now;
 		budget->used = 0;
 	}
