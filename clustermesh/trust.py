@@ -22,11 +22,11 @@ _LOCAL_SOURCES = frozenset(
 _MAX_LABELS, _MAX_KEY, _MAX_VALUE = 64, 317, 63
 _SHORTEST = {4: 8, 6: 16}
 # loopback, link-local, multicast, broadcast, this network; the same for IPv6, and IPv4-mapped addresses
-_NEVER = tuple(
-    wire.parse_cidr(text)
-    for text in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255",
-                 "::/127", "fe80::/10", "ff00::/8")
-)  # fmt: skip
+_NEVER = {
+    4: [wire.parse_cidr(one) for one in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4")]
+    + [wire.parse_cidr("255.255.255.255")],
+    6: [wire.parse_cidr(one) for one in ("::/127", "fe80::/10", "ff00::/8")],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Trust:
         family, _, length = cidr
         if length < _SHORTEST[family]:
             raise Malformed("prefix_too_short", f"{cidr_text(cidr)} is shorter than /{_SHORTEST[family]}")
-        if any(contains(never, cidr) for never in _NEVER):
+        if any(contains(never, cidr) for never in _NEVER[family]):
             raise Malformed("special_address", f"{cidr_text(cidr)} is loopback, link-local or multicast")
         if cidr in self.own_addresses:
             raise Malformed("our_address", f"{cidr_text(cidr)} is this host's")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from clustermesh import gojson
@@ -120,6 +121,7 @@ Cidr = tuple[int, int, int]  # family (4 or 6), network address as an integer, p
 _MAPPED = 0xFFFF << 32
 
 
+@lru_cache(maxsize=4096)  # the same few host addresses come again and again
 def parse_ip(text: str) -> tuple[int, int]:
     """Family and number of an address as Go's net.ParseIP reads it: no zones, mapped IPv4 is IPv4."""
     try:
