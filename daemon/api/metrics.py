@@ -3,6 +3,7 @@
 Written here rather than with a library: all is read when it is asked for, and the format is three lines.
 """
 
+import asyncio
 import os
 import platform
 import resource
@@ -16,12 +17,13 @@ from typing import NamedTuple
 from aiohttp import web
 
 from bpf.layout import EventKind, Reason
-from daemon.flows.counters import Hits, read_reasons
+from daemon.flows.counters import Counted, Hits, read_counters
 from daemon.flows.decode import drop_reason, meaning, reason_name
 from daemon.flows.pipeline import FlowPipeline
-from daemon.model.flow import DROP_TEXT, FlowType, LostSource
+from daemon.model.flow import DROP_TEXT, FIXED_RULES, FlowType, LostSource, rule_name
 from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Reserved
 from daemon.model.net import Direction, Proto
+from daemon.model.rule import RuleOrigin
 from daemon.state.tables import Tables
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,9 +53,10 @@ def routes(pipeline: FlowPipeline, tables: Tables) -> list[web.RouteDef]:
     """The handler, to be added to the application."""
 
     async def metrics(_: web.Request) -> web.StreamResponse:
-        return web.Response(
-            body=exposition(families(pipeline, tables)).encode(), headers={"Content-Type": CONTENT_TYPE}
-        )
+        rules = [*FIXED_RULES, *tables.rules]
+        counted = await asyncio.to_thread(read_counters, pipeline.pins, rules)
+        text = exposition(families(pipeline, tables, counted))
+        return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     return [web.get("/metrics", metrics)]
 
@@ -78,10 +81,11 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
-def families(pipeline: FlowPipeline, tables: Tables) -> Iterator[Family]:
-    """Everything that is told, as of now."""
+def families(pipeline: FlowPipeline, tables: Tables, counted: Counted) -> Iterator[Family]:
+    """Everything that is told, as of now; `counted` by the data path."""
     yield from _flows(pipeline)
-    yield from _packets(read_reasons(pipeline.pins))
+    yield from _packets(counted.reasons)
+    yield from _rules(counted.rules, tables.rules.rows)
     yield from _state(tables)
     yield from _mesh(tables)
     yield from _process(pipeline.started_ns)
@@ -160,6 +164,16 @@ def _packets(reasons: Mapping[tuple[Direction, int], Hits]) -> Iterator[Family]:
     yield from _pair(
         "meshwall_{}_total", "{} by meshwall's own reason; what audit let pass is `audited`", ours, "packets"
     )
+
+
+def _rules(hits: Mapping[int, Hits], known: Mapping[int, RuleOrigin]) -> Iterator[Family]:
+    told = []
+    for number, one in sorted(hits.items()):
+        origin = known.get(number)
+        policy = origin.policy if origin else ""
+        told.append(({"policy": policy, "rule": rule_name(number, origin)}, one))
+    help_ = "{} that a rule decided; fixed rules have no policy"
+    yield from _pair("meshwall_rule_{}_total", help_, told, "packets")
 
 
 def _sum(one: Hits | None, other: Hits) -> Hits:

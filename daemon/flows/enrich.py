@@ -17,7 +17,7 @@ from bpf.layout import (
 )
 from daemon.flows.decode import Brief, Event, address_text, meaning
 from daemon.model.flow import Endpoint, Flow
-from daemon.model.identity import Identity, Reserved, reserved_labels
+from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import LabelSet, format_labels
 from daemon.model.net import Direction, Prefix, Proto, packed_prefix
 from daemon.model.rule import RuleOrigin
@@ -103,7 +103,7 @@ class Directory:
     def labels(self, identity: int) -> tuple[str, ...]:
         """The labels of an identity as text; those it last had when it has gone."""
         row = self._tables.identities.get(Identity(identity))
-        found = row.labels if row else reserved_labels(Identity(identity))
+        found = row.labels if row else _built_in_labels(identity)
         known = self._labels.get(identity)
         if known and (not found or known[0] == found):
             return known[1]
@@ -250,3 +250,12 @@ class Directory:
         if policy is None or origin.spec >= len(policy.specs):
             return True
         return policy.specs[origin.spec].default_deny[origin.direction]
+
+
+def _built_in_labels(identity: int) -> LabelSet:
+    """Of reserved identities, and of numbers that the data path gives to prefixes and nodes by itself."""
+    if LOCAL_SCOPE <= identity < REMOTE_NODE_SCOPE:
+        return reserved_labels(Identity(Reserved.WORLD))
+    if REMOTE_NODE_SCOPE <= identity < REMOTE_NODE_SCOPE + LOCAL_SCOPE:
+        return reserved_labels(Identity(Reserved.REMOTE_NODE))
+    return reserved_labels(Identity(identity))

@@ -129,15 +129,21 @@ class Flow(NamedTuple):
 
     @property
     def rule_name(self) -> str:
-        """Where the rule stands in its policy: `ingress[0]`, `specs[1].egressDeny[2]`; or its fixed name."""
-        if self.origin is None:
-            return FIXED_RULES.get(self.rule, "") if self.rule is not None else ""
-        spec = f"specs[{self.origin.spec}]." if self.origin.spec else ""
-        return f"{spec}{self.origin.direction}{'Deny' if self.origin.deny else ''}[{self.origin.index}]"
+        """See `rule_name`; empty when no rule decided."""
+        return "" if self.rule is None else rule_name(self.rule, self.origin)
 
 
 # Rules without a policy, by the numbers of bpf/layout.py; a test holds them together.
 FIXED_RULES = {0: "default-deny-ingress", 1: "default-deny-egress", 2: "default-allow", 3: "failsafe"}
+
+
+def rule_name(number: int, origin: RuleOrigin | None) -> str:
+    """Where a rule stands in its policy: `ingress[0]`, `specs[1].egressDeny[2]`; or its fixed name."""
+    if origin is None:
+        return FIXED_RULES.get(number, "")
+    spec = f"specs[{origin.spec}]." if origin.spec else ""
+    return f"{spec}{origin.direction}{'Deny' if origin.deny else ''}[{origin.index}]"
+
 
 # In the order in which Hubble writes them.
 TCP_FLAGS = (

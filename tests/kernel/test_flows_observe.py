@@ -31,7 +31,7 @@ from bpf.layout import (
 )
 from bpf.syscall import PinnedMap
 from daemon.api.flows import routes
-from daemon.flows.counters import read_reasons
+from daemon.flows.counters import read_counters
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, parse_prefix
@@ -250,14 +250,19 @@ def time_of(text: str) -> float:
 
 
 async def test_counted_packets_are_those_that_were_sent(daemon, pins):
-    def dropped() -> int:
-        found = read_reasons(pins).get((Direction.INGRESS, int(Reason.POLICY_DEFAULT)))
-        return found.packets if found else 0
+    def dropped() -> list[int]:
+        found = read_counters(pins, [0, 16])
+        assert 16 not in found.rules
+        return [
+            one.packets
+            for one in (found.reasons[Direction.INGRESS, int(Reason.POLICY_DEFAULT)], found.rules[0])
+        ]
 
+    await send(40_000, 1, 0)
     before = dropped()
     await send(40_000, 50, 0)
     await asyncio.sleep(0.1)
-    assert dropped() - before == 50
+    assert [now - then for now, then in zip(dropped(), before, strict=True)] == [50, 50]
 
 
 async def test_more_of_a_kind_than_the_budget_is_held_back_and_told(daemon, tmp_path):

@@ -5,13 +5,13 @@ import re
 import pytest
 
 from bpf.layout import EVENT, EventKind, Reason
-from daemon.api import metrics
 from daemon.api.metrics import Family, exposition, families
-from daemon.flows.counters import Hits
+from daemon.flows.counters import Counted, Hits
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction
+from daemon.model.rule import RuleOrigin
 from daemon.state.tables import HostRow, IdentityRow, NodeKey, NodeRow, StatusRow, Tables
 
 
@@ -21,13 +21,12 @@ def tables():
 
 
 @pytest.fixture
-def told(tables, tmp_path, monkeypatch):
+def told(tables, tmp_path):
     """The text, given what the kernel counted."""
     pipeline = FlowPipeline(tables, tmp_path)
 
-    def text(reasons=None):
-        monkeypatch.setattr(metrics, "read_reasons", lambda _: reasons or {})
-        return exposition(families(pipeline, tables))
+    def text(reasons=None, rules=None):
+        return exposition(families(pipeline, tables, Counted(reasons or {}, rules or {})))
 
     text.pipeline = pipeline
     return text
@@ -57,6 +56,14 @@ def test_packets_are_counted_under_ciliums_names_and_under_ours(told):
     assert 'cilium_forward_count_total{direction="INGRESS"} 13\n' in text
     assert 'meshwall_packets_total{reason="bad-totlen",direction="INGRESS"} 3\n' in text
     assert 'meshwall_packets_total{reason="audited",direction="INGRESS"} 1\n' in text
+
+
+def test_rules_are_counted_by_policy_and_place(told, tables):
+    origin = RuleOrigin("kubelet", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 2)
+    tables.rules.put(16, origin)
+    text = told(rules={0: Hits(1, 60), 16: Hits(4, 400)})
+    assert 'meshwall_rule_packets_total{policy="kubelet",rule="ingress[2]"} 4\n' in text
+    assert 'meshwall_rule_bytes_total{policy="",rule="default-deny-ingress"} 60\n' in text
 
 
 def test_losses_and_state_are_told(told, tables):

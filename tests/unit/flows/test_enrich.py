@@ -124,6 +124,13 @@ def test_a_node_of_another_cluster_is_named(see, pack):
     assert (side.node, side.cluster, side.labels) == ("b1", "beta", ("reserved:remote-node",))
 
 
+@pytest.mark.parametrize(
+    ("identity", "label"), [(0x0100_0004, "reserved:world"), (0x0200_0004, "reserved:remote-node")]
+)
+def test_numbers_that_the_data_path_gave_itself_have_labels_too(see, pack, identity, label):
+    assert see(pack(identity=identity)).source.labels == (label,)
+
+
 def test_labels_of_an_identity_that_has_gone_are_still_told(see, tables, pack):
     raw = pack(saddr="10.2.1.7", identity=70_000)
     see(raw)
