@@ -1,0 +1,67 @@
+"""Tasks: the one place that starts tasks. Named, referenced, their death noticed, restarted with back-off."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from daemon.runtime.backoff import Backoff
+
+log = logging.getLogger(__name__)
+
+HEALTHY_S = 60.0  # a task that ran this long starts its back-off anew
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+
+class Tasks:
+    """Long-running work by name. `failed` is told when a task dies (reason) and when it runs again (None)."""
+
+    def __init__(self, failed: Callable[[str, str | None], None]) -> None:
+        self._failed = failed
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, name: str, work: Work) -> None:
+        """Keep `work` running until `stop`; an exception ends one life, not the task."""
+        if name in self._running:
+            raise ValueError(f"task {name} runs already")
+        loop = asyncio.get_running_loop()
+        self._running[name] = loop.create_task(self._keep(name, work), name=name)
+
+    async def stop(self) -> None:
+        """Cancel everything and wait for it."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._running.clear()
+
+    async def _keep(self, name: str, work: Work) -> None:
+        backoff = Backoff()
+        loop = asyncio.get_running_loop()
+        told = ""
+        while True:
+            started = loop.time()
+            settled = loop.call_later(1.0, self._failed, name, None) if told else None
+            try:
+                await work()
+                reason = "ended by itself"
+            except Exception as error:  # this is the supervisor
+                reason = _reason(error)
+                if reason != told:
+                    log.exception("%s: died, starting it again", name)
+            finally:
+                if settled:
+                    settled.cancel()
+            if loop.time() - started > HEALTHY_S:
+                backoff.reset()
+            told = reason
+            self._failed(name, reason)
+            await asyncio.sleep(backoff.next_s())
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost story of an exception group, in one line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
