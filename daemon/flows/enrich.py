@@ -5,7 +5,7 @@ by then is remembered at arrival (`note`): the labels of an identity, and which 
 name is shown only while its address still belongs to the identity that the data path saw.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from bpf.layout import (
@@ -73,11 +73,16 @@ _NO_BOOK = _Book({}, ((), ()))
 class Directory:
     """What is known of identities, addresses, rules and devices, for flows that are being looked at.
 
-    `ip_sources` are the sources that have rows in tables.ips; whoever reads that table keeps them up to date.
+    `ip_sources` are the sources that have rows in tables.ips, and `generation_now` tells what the data path enforces
+    (None: unknown); the pipeline keeps both up to date.
     """
 
     def __init__(self, tables: Tables) -> None:
         self.ip_sources: set[str] = set()
+        self.generation_now: Callable[[], int | None] = lambda: None
+        self._since = (
+            0  # events before this number came from another data path, whose generations mean nothing here
+        )
         self._tables = tables
         self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
         self._books: dict[int, _Book] = {}
@@ -99,6 +104,12 @@ class Directory:
                 self.labels(one.identity)
             if one.generation not in self._books:
                 self._keep_book(one.generation, self._book_of(one.generation))
+
+    def new_data_path(self, number: int) -> None:
+        """Generations count anew, beginning with the event of this number."""
+        self._books.clear()
+        self._since = number
+        self._take_rules()
 
     def labels(self, identity: int) -> tuple[str, ...]:
         """The labels of an identity as text; those it last had when it has gone."""
@@ -131,7 +142,7 @@ class Directory:
         destination = self._side(family, daddr, identity, not outgoing).endpoint(dport, local=not outgoing)
         means = meaning(kind, reason, verdict)
         judged = means.judged
-        book = self._books.get(generation, _NO_BOOK)
+        book = self._books.get(generation, _NO_BOOK) if number >= self._since else _NO_BOOK
         return Flow(
             number,
             time_ns + offset_ns,
@@ -215,12 +226,15 @@ class Directory:
         }
 
     def _take_rules(self) -> None:
-        """Copy tables.rules, which belongs to the generation that the data path's status names."""
+        """Copy tables.rules, which belongs to the generation that is enforced now.
+
+        A flip may be a moment ahead of the table. That does no harm: the data path gives the number of a rule to no
+        other rule in the next generation, so until the table follows a rule may lack its name, but has no wrong one.
+        """
         rules = self._tables.rules
         self._book, self._book_revision = self._book_now(), rules.revision
-        status = self._tables.status.get("datapath")
-        generation = status.details.get("generation") if status else None
-        if isinstance(generation, int):
+        generation = self.generation_now()
+        if generation is not None:
             self._keep_book(generation, self._book)
 
     def _book_of(self, generation: int) -> _Book:

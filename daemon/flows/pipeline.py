@@ -53,6 +53,9 @@ class FlowPipeline:
         self.pins = pins
         self._maps = pins / f"v{LAYOUT_VERSION}" / "maps"
         self._losses_before: tuple[int, dict[int, int]] | None = None
+        self._changed = asyncio.Event()
+        self._rules = tables.rules.reader(self._changed)
+        self._ips = tables.ips.reader(self._changed)
 
     def observe(self, request: Request) -> AsyncIterator[Answer]:
         """Flows and losses, as daemon.flows.observe describes."""
@@ -62,8 +65,6 @@ class FlowPipeline:
         """Read the ring buffer whenever there is one; it may appear, vanish and be replaced."""
         loop = asyncio.get_running_loop()
         self.store.closed = False
-        changed = asyncio.Event()
-        rules, ips = self._tables.rules.reader(changed), self._tables.ips.reader(changed)
         source: _Source | None = None
         due = loop.time()
         try:
@@ -73,14 +74,14 @@ class FlowPipeline:
                     due = loop.time() + POLL_S
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(due):
-                        await changed.wait()
-                changed.clear()
-                if rules.take():
+                        await self._changed.wait()
+                self._changed.clear()
+                if self._rules.take():
                     self.directory.note(())
-                self.directory.ip_sources.update(key.source for key in ips.take())
+                self.directory.ip_sources.update(key.source for key in self._ips.take())
         finally:
             if source:
-                source.close()
+                self._close(source)
             self.store.close()
 
     def take(self, ring: Ring) -> None:
@@ -103,7 +104,7 @@ class FlowPipeline:
     def _look(self, source: "_Source | None") -> "_Source | None":
         """The source to read from now on, and what it has lost."""
         if source and not source.current():
-            source.close()
+            self._close(source)
             source = None
         source = source or self._open()
         if source:
@@ -120,8 +121,14 @@ class FlowPipeline:
             self._status(ok=False, text=str(error), hint="flows are not read; enforcement is not affected")
             return None
         self._losses_before = None
+        self.directory.generation_now = source.generation
+        self.directory.new_data_path(self.store.end)
         self._status(ok=True, text="reading events", hint="")
         return source
+
+    def _close(self, source: "_Source") -> None:
+        self.directory.generation_now = lambda: None
+        source.close()
 
     def _status(self, *, ok: bool, text: str, hint: str) -> None:
         before = self._tables.status.get("flows")
@@ -152,15 +159,22 @@ class _Source:
     def __init__(self, directory: Path, pipeline: FlowPipeline) -> None:
         self._path = directory / "events"
         self._inode = self._path.stat().st_ino
-        self._budgets = PinnedMap.open(directory / "budgets", maps()["budgets"])
-        try:
+        with contextlib.ExitStack() as undo:
+            self._budgets = undo.enter_context(PinnedMap.open(directory / "budgets", maps()["budgets"]))
+            with PinnedMap.open(directory / "config", maps()["config"]) as config:
+                self._config = undo.enter_context(contextlib.closing(config.mmap(writable=False)))
             self._fd = obj_get(self._path)
-        except BaseException:
-            self._budgets.close()
-            raise
-        self._ring = Ring(self._fd, map_info(self._fd).max_entries, SIZE)
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, pipeline.take, self._ring)
+            undo.callback(os.close, self._fd)
+            self._ring = Ring(self._fd, map_info(self._fd).max_entries, SIZE)
+            undo.callback(self._ring.close)
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._fd, pipeline.take, self._ring)
+            undo.callback(self._loop.remove_reader, self._fd)
+            self._undo = undo.pop_all()
+
+    def generation(self) -> int:
+        """What the data path enforces now."""
+        return int(memoryview(self._config)[:4].cast("I")[0])
 
     def current(self) -> bool:
         """Whether the pin still names the map that we read."""
@@ -182,7 +196,4 @@ class _Source:
 
     def close(self) -> None:
         """Stop reading; what is in the ring stays there."""
-        self._loop.remove_reader(self._fd)
-        self._ring.close()
-        self._budgets.close()
-        os.close(self._fd)
+        self._undo.close()

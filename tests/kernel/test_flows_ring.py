@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from bpf.layout import BUDGET, EVENT, LAYOUT_VERSION, EventKind, Reason, maps, sized
+from bpf.layout import BUDGET, CONFIG, EVENT, LAYOUT_VERSION, EventKind, Reason, maps, sized
 from bpf.syscall import PinnedMap, ProgType, possible_cpus, prog_load, prog_test_run
 from daemon.flows.observe import Request
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.flow import Flow, Lost, LostSource
+from daemon.model.net import Direction
+from daemon.model.rule import RuleOrigin
 from daemon.state.tables import Tables
 
 pytestmark = pytest.mark.kernel
@@ -60,6 +62,7 @@ class FakeDatapath:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.events = PinnedMap.create(SPECS["events"], self.directory / "events")
         self.budgets = PinnedMap.create(SPECS["budgets"], self.directory / "budgets")
+        self.config = PinnedMap.create(SPECS["config"], self.directory / "config")
         self.program = sender(self.events.fd)
 
     def send(self, count: int = 1, **changes: object) -> None:
@@ -79,11 +82,13 @@ class FakeDatapath:
     def unpin(self) -> None:
         (self.directory / "events").unlink()
         (self.directory / "budgets").unlink()
+        (self.directory / "config").unlink()
         self.close()
 
     def close(self) -> None:
         self.events.close()
         self.budgets.close()
+        self.config.close()
         os.close(self.program)
 
 
@@ -181,6 +186,22 @@ async def test_a_data_path_that_comes_late_or_anew_is_found(pins, run, monkeypat
     datapath.send()
     await asyncio.sleep(0.15)
     assert pipeline.store.end == 2
+    datapath.close()
+
+
+async def test_rules_are_taken_for_the_generation_in_the_kernel(pins, run):
+    datapath, tables = FakeDatapath(pins), Tables()
+    pipeline = FlowPipeline(tables, pins)
+    await run(pipeline)
+    datapath.send(rule=16, generation=3)  # before anything is known of the rules
+    await asyncio.sleep(0.05)
+    datapath.config.update(0, CONFIG.pack(generation=3))
+    tables.rules.put(
+        16, RuleOrigin("kubelet", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 0)
+    )
+    await asyncio.sleep(0.05)
+    (flow,) = await take(pipeline.observe(Request()), 1)
+    assert flow.origin.policy == "kubelet"
     datapath.close()
 
 

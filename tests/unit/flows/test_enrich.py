@@ -10,7 +10,7 @@ from daemon.flows.enrich import GENERATIONS, Directory
 from daemon.model.flow import DropReason, FlowType, FlowVerdict, summary
 from daemon.model.net import Direction, parse_prefix
 from daemon.model.rule import LabelSelector, Policy, Spec, SubjectKind
-from daemon.state.tables import IpKey, IpRow, PolicyKey, StatusRow
+from daemon.state.tables import IpKey, IpRow, PolicyKey
 
 BAN_KIND = "CiliumClusterwideNetworkPolicy"
 
@@ -146,13 +146,24 @@ def test_an_old_event_is_explained_by_the_rules_of_its_own_generation(see, table
     assert see(raw).origin.policy == "kubelet"
 
 
-def test_rules_belong_to_the_generation_that_the_data_path_names(see, tables, pack):
+def test_rules_belong_to_the_generation_that_is_enforced_when_they_change(see, tables, pack):
     see(pack(generation=5))
     tables.rules.put(FIRST_RULE, replace(tables.rules[FIRST_RULE], policy="other"))
-    tables.status.put("datapath", StatusRow(ok=True, text="", details={"generation": 7}))
+    see.directory.generation_now = lambda: 7
     late = see(pack(rule=FIRST_RULE, reason=Reason.POLICY_DENY, generation=6))  # seen after the flip to 7
     assert late.origin.policy == "kubelet"
     assert see(pack(rule=FIRST_RULE, reason=Reason.POLICY_DENY, generation=7)).origin.policy == "other"
+
+
+def test_a_new_data_path_does_not_explain_events_of_the_old_one(see, tables, pack):
+    raw = pack(rule=FIRST_RULE, reason=Reason.POLICY_DENY, generation=5)
+    see(raw)
+    see.directory.new_data_path(1)
+    tables.rules.put(FIRST_RULE, replace(tables.rules[FIRST_RULE], policy="other"))
+    see(pack(generation=1))
+    see(raw)
+    assert see.directory.flow(0, next(events(raw)), 0).origin is None
+    assert see.directory.flow(1, next(events(raw)), 0).origin.policy == "other"
 
 
 def test_a_generation_that_is_forgotten_has_no_rule_rather_than_a_wrong_one(see, tables, pack):
