@@ -224,11 +224,10 @@ def one_at_a_time(pins: Path) -> Iterator[None]:
 
 def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Sizes) -> dict[str, object]:
     """The loader's whole work; what is returned is printed."""
-    try:
-        indexes = {name: socket.if_nametoindex(name) for name in devices}
-    except OSError as error:
-        known = ", ".join(name for _, name in socket.if_nameindex())
-        raise LoaderError(f"no such device among {', '.join(devices)}; this namespace has {known}") from error
+    present = {name: index for index, name in socket.if_nameindex()}
+    missing = [name for name in devices if name not in present]
+    if missing:
+        raise LoaderError(f"no network device {', '.join(missing)}; this namespace has {', '.join(present)}")
     features = probe()
     ensure_bpffs(pins)
     home = pins / f"v{layout.LAYOUT_VERSION}"
@@ -238,7 +237,11 @@ def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Size
         loaded = load_programs(maps, sizes, features)
         check_programs(loaded)
         pin_programs(loaded.fds, home / "progs")
-        attached = {name: asdict(attach.attach(pins, index, xdp)) for name, index in indexes.items()}
+        attached = {
+            name: asdict(attach.attach(pins, index, xdp))
+            for name, index in present.items()
+            if name in devices
+        }
     return {
         "layout": layout.LAYOUT_VERSION,
         "pins": str(home),

@@ -1,0 +1,430 @@
+"""The loader and attach.py on real devices, in namespaces of their own, with real packets."""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bpf import attach, clsact, features, layout
+from bpf.attach import XdpMode
+from bpf.features import MissingFeatureError, instruction, returns
+from bpf.layout import (
+    CELLS,
+    CONFIG,
+    HITS,
+    PEER,
+    PORT_BLOCK,
+    PORT_BLOCKS,
+    PORT_COLUMNS,
+    ROWS,
+    BufferFlag,
+    Reason,
+)
+from bpf.syscall import (
+    XDP_NATIVE,
+    AttachType,
+    PinnedMap,
+    ProgType,
+    link_create,
+    link_info,
+    obj_get,
+    prog_load,
+    prog_query,
+)
+
+pytestmark = pytest.mark.kernel
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = layout.sized(
+    slots=1024,
+    cells=1 << 14,
+    rules=1024,
+    ip4_blocks=512,
+    hosts=1024,
+    prefixes6=1024,
+    conntrack=1024,
+    fragments=256,
+)
+SIZES = json.dumps({name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__})
+US, PEER_ADDRESS = "192.0.2.1", "192.0.2.2"
+DEVICE, PEER_DEVICE = "mwus", "mwpeer"
+ALLOWED, DENIED = 7000, 7001
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        assert _libc.setns(there, 0) == 0
+        yield
+    finally:
+        _libc.setns(before, 0)
+        os.close(there)
+        os.close(before)
+
+
+@dataclass(frozen=True)
+class Cable:
+    """Us and a peer, each in a namespace, with a veth pair between them, and a bpffs for our pins."""
+
+    us: str
+    peer: str
+    pins: Path
+
+    @property
+    def ifindex(self) -> int:
+        with inside(self.us):
+            return socket.if_nametoindex(DEVICE)
+
+    def load(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "bpf.loader",
+            "--pins",
+            str(self.pins),
+            "--sizes",
+            SIZES,
+            "--json",
+            *words,
+        ]
+        return subprocess.run(
+            ["nsenter", f"--net=/run/netns/{self.us}", *command],
+            capture_output=True, text=True, check=check, cwd=REPOSITORY,
+        )  # fmt: skip
+
+    def plug(self) -> None:
+        """The device that is filtered, at the end of a new cable."""
+        ip(
+            "-n",
+            self.us,
+            "link",
+            "add",
+            DEVICE,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            PEER_DEVICE,
+            "netns",
+            self.peer,
+        )
+        ip("-n", self.us, "addr", "add", f"{US}/24", "dev", DEVICE)
+        ip("-n", self.peer, "addr", "add", f"{PEER_ADDRESS}/24", "dev", PEER_DEVICE)
+        ip("-n", self.us, "link", "set", DEVICE, "up")
+        ip("-n", self.peer, "link", "set", PEER_DEVICE, "up")
+
+    def attach(self, mode: XdpMode) -> attach.Attachment:
+        with inside(self.us):
+            return attach.attach(self.pins, socket.if_nametoindex(DEVICE), mode)
+
+    def map(self, name: str) -> PinnedMap:
+        return PinnedMap.open(attach.home(self.pins) / "maps" / name, layout.maps(SMALL)[name])
+
+    def allow_one_port(self) -> None:
+        """Ingress policy for everybody: UDP to ALLOWED passes, all else is denied."""
+        columns = bytearray(PORT_COLUMNS.size)
+        index = layout.PORTS_UDP + ALLOWED
+        columns[index % PORT_BLOCK * 2] = 1
+        with self.map("port_class") as ports:
+            ports.update(2 * PORT_BLOCKS + index // PORT_BLOCK, bytes(columns))
+        with self.map("cells") as cells:
+            cells.update(
+                0, CELLS.pack(cell=(0).to_bytes(4, "little") + (1 << 28 | 16).to_bytes(4, sys.byteorder))
+            )
+        with self.map("class_of") as classes:
+            classes.update(SMALL.slots, ROWS.pack())
+        with self.map("ip4_hosts") as hosts, self.map("ip4_blocks") as blocks:
+            hosts.update(socket.inet_aton(US), PEER.pack(slot=layout.SLOT_HOST))
+            root = bytearray(layout.BLOCK.size)
+            root[0:4] = layout.ENTRY_HOSTS.to_bytes(4, sys.byteorder)
+            blocks.update(192, bytes(root))
+        with self.map("config") as config:
+            values = dict(CONFIG.unpack(config.lookup(0) or b""))
+            values |= {"generation": 1, "buffer_flags1": BufferFlag.ENFORCE_INGRESS}
+            config.update(0, CONFIG.pack(**values))
+
+    def counted(self, reason: Reason) -> int:
+        with self.map("reasons") as reasons:
+            return sum(int(str(HITS.unpack(raw)["packets"])) for raw in reasons.lookup_percpu(reason))
+
+    def listen(self, port: int) -> socket.socket:
+        with inside(self.us):
+            server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+            server.bind((US, port))
+        server.setblocking(False)
+        return server
+
+    def client(self) -> socket.socket:
+        with inside(self.peer):
+            client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            client.bind((PEER_ADDRESS, 0))
+        return client
+
+
+def waiting(server: socket.socket) -> int:
+    """Datagrams that have arrived; the pause is for what is still on its way."""
+    time.sleep(0.05)
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while server.recv(64):
+            count += 1
+    return count
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cable]:
+    if os.geteuid():
+        pytest.skip("needs root")
+    made = Cable(f"mwldu{os.getpid()}", f"mwldp{os.getpid()}", tmp_path_factory.mktemp("bpffs") / "pins")
+    made.pins.mkdir()
+    try:
+        for name in (made.us, made.peer):
+            ip("netns", "add", name)
+        made.plug()
+        subprocess.run(["mount", "-t", "bpf", "bpf", made.pins], check=True)
+        answer = json.loads(made.load().stdout)
+        assert answer["maps"] == {"adopted": 0, "created": len(layout.maps())}
+        made.allow_one_port()
+        yield made
+    finally:
+        subprocess.run(["umount", "-l", made.pins], check=False)
+        for name in (made.us, made.peer):
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.fixture
+def cable(loaded: Cable) -> Iterator[Cable]:
+    """Programs are pinned, one port is open, nothing is attached."""
+    yield loaded
+    with inside(loaded.us):
+        for index in attach.attached_devices(loaded.pins):
+            attach.detach(loaded.pins, index)
+
+
+@pytest.mark.parametrize("mode", [XdpMode.NATIVE, XdpMode.GENERIC, XdpMode.OFF])
+def test_real_packets_are_filtered_and_each_is_judged_once(cable: Cable, mode: XdpMode) -> None:
+    assert cable.attach(mode) == attach.Attachment(cable.ifindex, True, True, mode.value, "tcx")
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(b"first", (US, ALLOWED))  # and the ARP before it
+        assert waiting(allowed) == 1
+        before = cable.counted(Reason.FORWARDED), cable.counted(Reason.POLICY_DEFAULT)
+        for _ in range(20):
+            client.sendto(b"x", (US, ALLOWED))
+            client.sendto(b"x", (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (20, 0)
+    after = cable.counted(Reason.FORWARDED), cable.counted(Reason.POLICY_DEFAULT)
+    assert (after[0] - before[0], after[1] - before[1]) == (20, 20)
+
+
+def test_a_second_run_adopts_the_maps_and_updates_the_links_in_place(cable: Cable) -> None:
+    def link_ids() -> dict[str, int]:
+        found = {}
+        for path in (attach.home(cable.pins) / "links").iterdir():
+            fd = obj_get(path)
+            found[path.name] = link_info(fd).id
+            os.close(fd)
+        return found
+
+    cable.attach(XdpMode.NATIVE)
+    ids = link_ids()
+    answer = json.loads(cable.load("--device", DEVICE).stdout)
+    assert answer["maps"] == {"adopted": len(layout.maps()), "created": 0}
+    assert answer["devices"][DEVICE]["xdp"] == "native"
+    assert link_ids() == ids
+    with inside(cable.us):
+        assert attach.status(cable.pins, cable.ifindex).xdp == "native"
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(b"x", (US, ALLOWED))
+        client.sendto(b"x", (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+
+
+def test_swapping_programs_under_traffic_leaks_and_cuts_nothing(cable: Cable) -> None:
+    cable.attach(XdpMode.NATIVE)
+    index, sent = cable.ifindex, 0
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        arrived = leaked = 0
+        with inside(cable.us):
+            for _ in range(50):
+                for _ in range(20):
+                    client.sendto(b"x", (US, DENIED))
+                    client.sendto(b"x", (US, ALLOWED))
+                    sent += 1
+                attach.attach(cable.pins, index, XdpMode.NATIVE)
+                for _ in range(20):
+                    client.sendto(b"x", (US, DENIED))
+                    client.sendto(b"x", (US, ALLOWED))
+                    sent += 1
+        arrived, leaked = waiting(allowed), waiting(denied)
+    assert (arrived, leaked) == (sent, 0)
+
+
+def test_a_foreign_xdp_program_stays_and_tcx_does_the_work_alone(cable: Cable) -> None:
+    foreign = prog_load(ProgType.XDP, "foreign", returns(2))
+    with inside(cable.us):
+        link = link_create(foreign, cable.ifindex, AttachType.XDP, XDP_NATIVE)
+    try:
+        device = cable.attach(XdpMode.AUTO)
+        assert (device.ingress, device.xdp) == (True, "off")
+        assert "another program owns XDP" in device.note
+        assert link_info(link).ifindex == cable.ifindex
+        with cable.listen(DENIED) as denied, cable.client() as client:
+            client.sendto(b"x", (US, DENIED))
+            assert waiting(denied) == 0
+    finally:
+        os.close(link)
+        os.close(foreign)
+
+
+def test_programs_of_others_on_tcx_keep_running_after_our_accept(cable: Cable) -> None:
+    cable.attach(XdpMode.OFF)
+    foreign = prog_load(ProgType.SCHED_CLS, "foreign", returns(-1))
+    with inside(cable.us):
+        link = link_create(foreign, cable.ifindex, AttachType.TCX_INGRESS)
+        assert len(prog_query(cable.ifindex, AttachType.TCX_INGRESS)) == 2
+        attach.detach(cable.pins, cable.ifindex)
+        assert len(prog_query(cable.ifindex, AttachType.TCX_INGRESS)) == 1
+    os.close(link)
+    os.close(foreign)
+
+
+def set_mtu(cable: Cable, mtu: int) -> None:
+    ip("-n", cable.us, "link", "set", DEVICE, "mtu", str(mtu))
+    ip("-n", cable.peer, "link", "set", PEER_DEVICE, "mtu", str(mtu))
+
+
+def test_native_xdp_works_on_jumbo_frames(cable: Cable) -> None:
+    set_mtu(cable, 9000)
+    assert cable.attach(XdpMode.NATIVE).xdp == "native"
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(bytes(8900), (US, ALLOWED))
+        client.sendto(bytes(8900), (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+    set_mtu(cable, 1500)
+
+
+def test_fragments_of_a_datagram_are_judged_by_its_ports(cable: Cable) -> None:
+    cable.attach(XdpMode.NATIVE)
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(bytes(8000), (US, ALLOWED))
+        client.sendto(bytes(8000), (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+    assert cable.counted(Reason.FRAG_DENIED) >= 1
+
+
+def test_clsact_filters_give_the_same_verdicts(cable: Cable) -> None:
+    progs = attach.home(cable.pins) / "progs"
+    ingress, egress = obj_get(progs / "tcx_ingress"), obj_get(progs / "tcx_egress")
+    with inside(cable.us):
+        clsact.attach(cable.ifindex, ingress, egress)
+        clsact.attach(cable.ifindex, ingress, egress)  # replaces itself
+        assert clsact.status(cable.ifindex) == (True, True)
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(b"x", (US, ALLOWED))
+        client.sendto(b"x", (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+        with inside(cable.us):
+            clsact.detach(cable.ifindex)
+            assert clsact.status(cable.ifindex) == (False, False)
+        client.sendto(b"x", (US, DENIED))
+        assert waiting(denied) == 1
+    os.close(ingress)
+    os.close(egress)
+
+
+def test_a_device_that_comes_back_under_its_old_index_gets_new_links(cable: Cable) -> None:
+    cable.attach(XdpMode.NATIVE)
+    index = cable.ifindex
+    ip("-n", cable.us, "link", "del", DEVICE)
+    with inside(cable.us):
+        assert attach.attached_devices(cable.pins) == [index]
+        assert not attach.status(cable.pins, index).ingress
+    ip(
+        "-n",
+        cable.us,
+        "link",
+        "add",
+        "mwagain",
+        "index",
+        str(index),
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "mwother",
+    )
+    with inside(cable.us):
+        assert attach.attach(cable.pins, index, XdpMode.NATIVE).xdp == "native"
+        assert attach.status(cable.pins, index) == attach.Attachment(index, True, True, "native", "tcx")
+        attach.detach(cable.pins, index)
+        assert attach.attached_devices(cable.pins) == []
+    ip("-n", cable.us, "link", "del", "mwother")
+    cable.plug()
+
+
+def test_wrong_input_is_one_clear_line_and_changes_nothing(cable: Cable) -> None:
+    failed = cable.load("--device", "nosuch0", check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == f"bpf loader: no network device nosuch0; this namespace has lo, {DEVICE}"
+    cable.attach(XdpMode.NATIVE)
+    other = json.dumps({**json.loads(SIZES), "hosts": 99})
+    failed = cable.load("--sizes", other, "--device", DEVICE, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert "ip4_hosts: max_entries 1024, expected 99" in failed.stderr
+    with inside(cable.us):
+        assert attach.status(cable.pins, cable.ifindex).ingress
+    assert "hosts, values whole numbers" not in cable.load("--sizes", '{"host": 1}', check=False).stdout
+
+
+def test_without_privileges_the_loader_names_what_it_needs(tmp_path: Path) -> None:
+    if os.geteuid() or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv")
+    dropped = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs"]
+    command = [*dropped, sys.executable, "-m", "bpf.loader", "--pins", str(tmp_path)]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == (
+        "bpf loader: loading BPF programs needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    )
+
+
+def test_a_missing_kernel_feature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    real = PinnedMap.create
+
+    def without_ring_buffers(spec: layout.Map, path: Path | None = None) -> PinnedMap:
+        if spec.kind is layout.MapKind.RINGBUF:
+            raise OSError(errno.EINVAL, "BPF_MAP_CREATE p: Invalid argument")
+        return real(spec, path)
+
+    monkeypatch.setattr(features.PinnedMap, "create", without_ring_buffers)
+    with pytest.raises(MissingFeatureError, match=r"no BPF ring buffers \(Linux 5.8 or later has\)"):
+        features.probe()
+
+
+def test_a_program_that_the_verifier_refuses_is_reported_with_its_last_lines() -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    with pytest.raises(OSError, match=r"BPF_PROG_LOAD broken: .*\n(.*\n)*.*R0"):
+        prog_load(ProgType.XDP, "broken", instruction(0x95))
