@@ -73,16 +73,14 @@ _NO_BOOK = _Book({}, ((), ()))
 class Directory:
     """What is known of identities, addresses, rules and devices, for flows that are being looked at.
 
-    `ip_sources` are the sources that have rows in tables.ips, and `generation_now` tells what the data path enforces
-    (None: unknown); the pipeline keeps both up to date.
+    `ip_sources` are the sources that have rows in tables.ips, `generation_now` tells what the data path
+    enforces (None: unknown); the pipeline keeps both up to date.
     """
 
     def __init__(self, tables: Tables) -> None:
         self.ip_sources: set[str] = set()
         self.generation_now: Callable[[], int | None] = lambda: None
-        self._since = (
-            0  # events before this number came from another data path, whose generations mean nothing here
-        )
+        self._since = 0  # earlier events are of another data path, whose generations mean nothing here
         self._tables = tables
         self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
         self._books: dict[int, _Book] = {}
@@ -228,8 +226,9 @@ class Directory:
     def _take_rules(self) -> None:
         """Copy tables.rules, which belongs to the generation that is enforced now.
 
-        A flip may be a moment ahead of the table. That does no harm: the data path gives the number of a rule to no
-        other rule in the next generation, so until the table follows a rule may lack its name, but has no wrong one.
+        A flip may be a moment ahead of the table. That does no harm: the data path gives the number of a rule
+        to no other rule in the next generation, so until the table follows a rule may lack its name, but has no
+        wrong one.
         """
         rules = self._tables.rules
         self._book, self._book_revision = self._book_now(), rules.revision
