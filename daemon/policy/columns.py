@@ -1,6 +1,7 @@
 """Port classes: two ports of a protocol and direction that the same port lists hold are one column."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from daemon.model.net import Proto
 from daemon.model.rule import NamedPort, PortMatch, PortRange
@@ -10,6 +11,13 @@ NamedPorts = Mapping[str, tuple[tuple[int, int], ...]]  # name -> (protocol, por
 
 _WITH_PORTS = (Proto.TCP, Proto.UDP, Proto.SCTP, Proto.ICMP, Proto.ICMPV6)
 _TYPES_END, _PORTS_END = 0x100, 0x10000
+
+
+class _PortList(NamedTuple):
+    """A rule's ports, ascending and disjoint, and the protocols that one entry names as a whole."""
+
+    ranges: tuple[PortRange, ...]
+    whole: frozenset[int]
 
 
 def resolved(ports: Iterable[PortMatch], named: NamedPorts) -> list[PortRange]:
@@ -33,7 +41,7 @@ class ColumnBuilder:
     def __init__(self, named: NamedPorts) -> None:
         self._named = named
         self._written: dict[Sequence[PortMatch], int] = {}
-        self._lists: dict[tuple[PortRange, ...] | None, int] = {None: 0}
+        self._lists: dict[_PortList | None, int] = {None: 0}
         self._numbers: dict[int, int] = {0: 0}  # mask of port lists -> column
         self._columns: list[list[int]] = []
 
@@ -43,19 +51,24 @@ class ColumnBuilder:
             return 0
         number = self._written.get(ports)
         if number is None:
-            merged = _merged(resolved(ports, self._named))
-            number = self._written[ports] = self._lists.setdefault(merged, len(self._lists))
+            found = resolved(ports, self._named)
+            # Ranges that only together make up a protocol say nothing about packets without ports.
+            whole = frozenset(one.proto for one in found if one.whole)
+            one_list = _PortList(_merged(found), whole)
+            number = self._written[ports] = self._lists.setdefault(one_list, len(self._lists))
         return number
 
     def build(self) -> Columns:
         """Sweep each protocol's ranges once."""
         edges: dict[int, dict[int, int]] = {proto: {} for proto in _WITH_PORTS}
         whole: dict[int, int] = {}
-        for ranges, number in self._lists.items():
+        for one_list, number in self._lists.items():
             bit = 1 << number
-            for one in ranges or ():
-                if one.whole:
-                    whole[one.proto] = whole.get(one.proto, 0) | bit
+            if one_list is None:
+                continue
+            for proto in one_list.whole:
+                whole[proto] = whole.get(proto, 0) | bit
+            for one in one_list.ranges:
                 if one.proto in edges:
                     at = edges[one.proto]
                     at[one.first] = at.get(one.first, 0) ^ bit

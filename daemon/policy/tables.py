@@ -42,7 +42,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One direction. `rows[row][column]` is a packed cell (model/verdict.py); its rule is a key of `rules`."""
+    """One direction. `rows[row][column]` is a packed cell (model/verdict.py), its rule a key of `rules`."""
 
     enforced: bool
     default_deny: bool
