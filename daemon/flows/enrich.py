@@ -18,10 +18,10 @@ from bpf.layout import (
 from daemon.flows.decode import Brief, Event, address_text, meaning
 from daemon.model.flow import Endpoint, Flow
 from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
-from daemon.model.labels import LabelSet, format_labels
+from daemon.model.labels import NODE, Label, LabelSet, format_labels
 from daemon.model.net import Direction, Prefix, Proto, packed_prefix
 from daemon.model.rule import RuleOrigin
-from daemon.state.tables import IpKey, PolicyKey, Tables
+from daemon.state.tables import IpKey, NodeKey, PolicyKey, Tables
 
 GENERATIONS = 16  # whose rules are remembered
 IDENTITIES = 16_384  # whose labels are remembered
@@ -90,7 +90,7 @@ class Directory:
         self._sides: dict[tuple[int, bytes, int, bool], _Side] = {}
         self._devices: dict[int, str] = {}
         self._host_labels = format_labels(reserved_labels(Identity(Reserved.HOST)))
-        self._nodes: dict[Prefix, tuple[str, str]] = {}
+        self._nodes: dict[Prefix, NodeKey] = {}
         self.node = self.cluster = ""
 
     def note(self, seen: Iterable[Brief]) -> None:
@@ -197,8 +197,17 @@ class Directory:
                     namespace, pod = row.namespace, row.name
                     break
             else:
-                cluster, node = self._nodes.get(prefix, (cluster, ""))
+                key = self._nodes.get(prefix)
+                if key:
+                    cluster, node = key.cluster, key.name
+                    labels = self._node_labels(key) if identity >= REMOTE_NODE_SCOPE else labels
         return _Side(address_text(family, address), Identity(identity), labels, namespace, pod, node, cluster)
+
+    def _node_labels(self, key: NodeKey) -> tuple[str, ...]:
+        """A node that the data path numbered itself: the policy language sees its labels as `node:`."""
+        row = self._tables.nodes.get(key)
+        labels = {Label(NODE, one.key, one.value) for one in row.labels} if row else set()
+        return format_labels(reserved_labels(Identity(Reserved.REMOTE_NODE)) | labels)
 
     def refresh(self) -> None:
         """Forget what was derived from tables that have changed since. Call it before a run of `flow`."""
@@ -217,18 +226,14 @@ class Directory:
             self.node, self.cluster = host.name, host.cluster
             self._devices = {device.index: device.name for device in host.devices}
             self._host_labels = format_labels(host.labels)
-        self._nodes = {
-            prefix: (key.cluster, key.name)
-            for key, row in tables.nodes.rows.items()
-            for _, prefix in row.addresses
-        }
+        self._nodes = {prefix: key for key, row in tables.nodes.rows.items() for _, prefix in row.addresses}
 
     def _take_rules(self) -> None:
         """Copy tables.rules, which belongs to the generation that is enforced now.
 
         A flip may be a moment ahead of the table. That does no harm: the data path gives the number of a rule
-        to no other rule in the next generation, so until the table follows a rule may lack its name, but has no
-        wrong one.
+        to no other rule in the next generation, so until the table follows a rule may lack its name, but has
+        no wrong one.
         """
         rules = self._tables.rules
         self._book, self._book_revision = self._book_now(), rules.revision

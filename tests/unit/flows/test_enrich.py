@@ -8,9 +8,10 @@ from bpf.layout import FIRST_RULE, EventKind, Hook, PacketClass, Reason
 from daemon.flows.decode import Brief, briefs, events
 from daemon.flows.enrich import GENERATIONS, Directory
 from daemon.model.flow import DropReason, FlowType, FlowVerdict, summary
+from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, parse_prefix
 from daemon.model.rule import LabelSelector, Policy, Spec, SubjectKind
-from daemon.state.tables import IpKey, IpRow, PolicyKey
+from daemon.state.tables import IpKey, IpRow, NodeKey, PolicyKey
 
 BAN_KIND = "CiliumClusterwideNetworkPolicy"
 
@@ -129,6 +130,13 @@ def test_a_node_of_another_cluster_is_named(see, pack):
 )
 def test_numbers_that_the_data_path_gave_itself_have_labels_too(see, pack, identity, label):
     assert see(pack(identity=identity)).source.labels == (label,)
+
+
+def test_a_node_with_a_number_of_its_own_has_its_labels(see, tables, pack):
+    key = NodeKey("beta", "b1")
+    tables.nodes.put(key, replace(tables.nodes[key], labels=parse_labels(["k8s:rack=r1"])))
+    side = see(pack(saddr="10.2.0.5", identity=0x0200_0004)).source
+    assert (side.node, side.labels) == ("b1", ("node:rack=r1", "reserved:remote-node"))
 
 
 def test_labels_of_an_identity_that_has_gone_are_still_told(see, tables, pack):
