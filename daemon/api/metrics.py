@@ -17,7 +17,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from bpf.layout import EventKind, Reason
-from daemon.flows.counters import Counted, Hits, read_counters
+from daemon.flows.counters import Hits, read_reasons, read_rules
 from daemon.flows.decode import drop_reason, meaning, reason_name
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.flow import DROP_TEXT, FIXED_RULES, FlowType, LostSource, rule_name
@@ -40,6 +40,13 @@ _PROTOCOLS = {
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class Counted(NamedTuple):
+    """What the data path counted."""
+
+    reasons: Mapping[tuple[Direction, int], Hits]
+    rules: Mapping[int, Hits]
+
+
 class Family(NamedTuple):
     """One metric with all its samples."""
 
@@ -54,11 +61,15 @@ def routes(pipeline: FlowPipeline, tables: Tables) -> list[web.RouteDef]:
 
     async def metrics(_: web.Request) -> web.StreamResponse:
         rules = [*FIXED_RULES, *tables.rules]
-        counted = await asyncio.to_thread(read_counters, pipeline.pins, rules)
+        counted = await asyncio.to_thread(_counted, pipeline.pins, rules)
         text = exposition(families(pipeline, tables, counted))
         return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     return [web.get("/metrics", metrics)]
+
+
+def _counted(pins: Path, rules: Iterable[int]) -> Counted:
+    return Counted(read_reasons(pins), read_rules(pins, rules))
 
 
 def exposition(found: Iterable[Family]) -> str:
@@ -87,6 +98,7 @@ def families(pipeline: FlowPipeline, tables: Tables, counted: Counted) -> Iterat
     yield from _packets(counted.reasons)
     yield from _rules(counted.rules, tables.rules.rows)
     yield from _state(tables)
+    yield from _datapath(tables)
     yield from _mesh(tables)
     yield from _process(pipeline.started_ns)
 
@@ -234,6 +246,37 @@ def _state(tables: Tables) -> Iterator[Family]:
         for source, since in sorted(table.stale_since.items())
     ]
     yield Family("meshwall_stale_seconds", "gauge", "Since when a source of a table is out of reach", stale)
+
+
+def _datapath(tables: Tables) -> Iterator[Family]:
+    """What the status row of the data path tells."""
+    row = tables.status.get("datapath")
+    details = row.details if row else {}
+    pressure = details.get("pressure")
+    shares = (
+        [({"map_name": str(name)}, float(share)) for name, share in sorted(pressure.items())]
+        if isinstance(pressure, dict)
+        else []
+    )
+    yield Family("cilium_bpf_map_pressure", "gauge", "Share of a map that is in use; 1 is full", shares)
+    generation = details.get("generation")
+    if isinstance(generation, int):
+        yield Family("meshwall_generation", "gauge", "Policy tables that are enforced", [({}, generation)])
+    sides = [name for name in ("ingress", "egress") if _enforced(details.get(name))]
+    mode = "both" if len(sides) == 2 else "".join(sides) or "none"
+    if details.get("audit") and sides:
+        mode = f"audit-{mode}"
+    modes = ("none", "ingress", "egress", "both", "audit-ingress", "audit-egress", "audit-both")
+    yield Family(
+        "cilium_policy_endpoint_enforcement_status",
+        "gauge",
+        "1 for what this host enforces",
+        [({"enforcement": one}, one == mode) for one in modes] if details else [],
+    )
+
+
+def _enforced(side: object) -> bool:
+    return isinstance(side, Mapping) and bool(side.get("enforced"))
 
 
 def _mesh(tables: Tables) -> Iterator[Family]:

@@ -31,7 +31,7 @@ from bpf.layout import (
 )
 from bpf.syscall import PinnedMap
 from daemon.api.flows import routes
-from daemon.flows.counters import read_counters
+from daemon.flows.counters import read_reasons, read_rules
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, parse_prefix
@@ -251,12 +251,9 @@ def time_of(text: str) -> float:
 
 async def test_counted_packets_are_those_that_were_sent(daemon, pins):
     def dropped() -> list[int]:
-        found = read_counters(pins, [0, 16])
-        assert 16 not in found.rules
-        return [
-            one.packets
-            for one in (found.reasons[Direction.INGRESS, int(Reason.POLICY_DEFAULT)], found.rules[0])
-        ]
+        reasons, rules = read_reasons(pins), read_rules(pins, [0, 16])
+        assert list(rules) == [0]
+        return [reasons[Direction.INGRESS, int(Reason.POLICY_DEFAULT)].packets, rules[0].packets]
 
     await send(40_000, 1, 0)
     before = dropped()

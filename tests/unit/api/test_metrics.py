@@ -5,8 +5,8 @@ import re
 import pytest
 
 from bpf.layout import EVENT, EventKind, Reason
-from daemon.api.metrics import Family, exposition, families
-from daemon.flows.counters import Counted, Hits
+from daemon.api.metrics import Counted, Family, exposition, families
+from daemon.flows.counters import Hits
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
@@ -78,6 +78,18 @@ def test_losses_and_state_are_told(told, tables):
     for kind in ("reserved", "cluster_local", "node_local", "remote_node"):
         assert f'cilium_identity{{type="{kind}"}} 1\n' in text
     assert 'meshwall_part_ok{part="mesh:\\"beta\\""} 0\n' in text
+
+
+def test_the_data_path_tells_its_mode_and_how_full_it_is(told, tables):
+    side = {"enforced": True, "default_deny": True}
+    details = {"generation": 7, "audit": True, "pressure": {"cells": 0.25}, "ingress": side, "egress": side}
+    tables.status.put("datapath", StatusRow(ok=True, text="audit", details=details))
+    text = told()
+    assert 'cilium_bpf_map_pressure{map_name="cells"} 0.25\n' in text
+    assert "meshwall_generation 7\n" in text
+    status = "cilium_policy_endpoint_enforcement_status"
+    assert f'{status}{{enforcement="audit-both"}} 1\n' in text
+    assert f'{status}{{enforcement="both"}} 0\n' in text
 
 
 def test_remote_clusters_are_told_one_by_one(told, tables):
