@@ -362,7 +362,7 @@ class CidrMatcher:
     marks: what begins at each named prefix. Bits only accumulate from a prefix to those inside it.
     """
 
-    bits: dict[int, int] = field(default_factory=dict)  # selector number -> bit
+    selectors: list[int] = field(default_factory=list)  # place of a bit -> selector number
     marks: dict[Prefix, _Marks] = field(default_factory=dict)
     whole: dict[int, int] = field(default_factory=dict)  # family -> bits of /0 without exceptions
     masks: dict[Prefix, int] = field(
@@ -371,7 +371,8 @@ class CidrMatcher:
 
     def add(self, number: int, prefixes: Iterable[Prefix], excepts: Iterable[Prefix]) -> None:
         """One selector: addresses in one of `prefixes` and none of `excepts`."""
-        bit = self.bits[number] = 1 << len(self.bits)
+        bit = 1 << len(self.selectors)
+        self.selectors.append(number)
         marks = self.marks
         without = tuple(excepts)
         for prefix in prefixes:
@@ -430,7 +431,12 @@ class CidrMatcher:
 
     def numbers(self, mask: int) -> list[int]:
         """The selector numbers of a mask."""
-        return [number for number, bit in self.bits.items() if mask & bit] if mask else []
+        found = []
+        while mask:
+            bit = mask & -mask
+            found.append(self.selectors[bit.bit_length() - 1])
+            mask ^= bit
+        return found
 
 
 def group_prefixes(selector: GroupSelector, groups: Mapping[str, CidrGroup]) -> Sequence[Prefix]:
