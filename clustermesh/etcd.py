@@ -7,9 +7,11 @@ connects again, to the next endpoint. Nothing is retried here: who watches must 
 import asyncio
 import logging
 import random
+import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +20,10 @@ from urllib.parse import urlsplit
 import grpc
 
 from clustermesh.etcdpb import etcd_pb2 as pb
-from clustermesh.kv import Compacted, ConnectionLost, Denied, Entry, Event, KVError, LeaseLost, Listing
+from clustermesh.kv import PAGE, Compacted, ConnectionLost, Denied, Entry, Event, KVError, LeaseLost, Listing
 
 log = logging.getLogger(__name__)
 
-PAGE = 5000  # keys per range request: measured, see docs/clustermesh.md
 TIMEOUT_S = 4.0  # a member that does not answer one request within this is left
 PROGRESS_S = 1.0  # between two progress requests on an idle watch
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -79,16 +80,11 @@ def _target(endpoint: str) -> tuple[bool, str]:
     """Whether an endpoint uses TLS, and its gRPC target."""
     parts = urlsplit(endpoint)
     try:
-        port = parts.port
+        port = 2379 if parts.port is None else parts.port
     except ValueError:
-        port = None
-    if (
-        parts.scheme not in {"http", "https"}
-        or not parts.hostname
-        or port is None
-        or parts.path not in {"", "/"}
-    ):
-        raise EtcdSettingsError(f"etcd.endpoints: {endpoint!r} is not http(s)://host:port")
+        port = 0
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not port or parts.path not in {"", "/"}:
+        raise EtcdSettingsError(f"etcd.endpoints: {endpoint!r} is not like https://host:2379")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return parts.scheme == "https", f"{host}:{port}"
 
@@ -168,8 +164,16 @@ class EtcdKV:
         return _entry(reply.kvs[0]) if reply.kvs else None
 
     async def list(self, prefix: str) -> Listing:
-        start, end = prefix.encode(), prefix_end(prefix.encode())
         entries: list[Entry] = []
+        revision = store = 0
+        async with aclosing(self.pages(prefix)) as pages:
+            async for page in pages:
+                entries.extend(page.entries)
+                revision, store = page.revision, page.store
+        return Listing(tuple(entries), revision, store)
+
+    async def pages(self, prefix: str) -> AsyncGenerator[Listing, None]:
+        start, end = prefix.encode(), prefix_end(prefix.encode())
         revision, serializable = 0, True
         while True:
             request = pb.RangeRequest(
@@ -187,9 +191,9 @@ class EtcdKV:
                     # This member lags behind what another has told us: ask for what the cluster agrees on.
                     revision, serializable = 0, False
                     continue
-            entries.extend(map(_entry, reply.kvs))
+            yield Listing(tuple(map(_entry, reply.kvs)), revision, reply.header.cluster_id)
             if not reply.more or not reply.kvs:
-                return Listing(tuple(entries), revision, reply.header.cluster_id)
+                return
             start = reply.kvs[-1].key + b"\0"
 
     async def watch(self, prefix: str, revision: int) -> AsyncGenerator[Sequence[Event], None]:
@@ -454,14 +458,31 @@ def _event(event: Message) -> Event:
     return Event(kv.key.decode(errors="replace"), value, kv.mod_revision)
 
 
+# What gRPC says of TLS -> what to do about it.
+_TLS_TROUBLE = (
+    ("Hostname Verification", "the server's certificate is for another name: set etcd.server_name"),
+    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not signed by etcd.ca"),
+    ("Unwrap failed", "the server refused us: it wants a client certificate it knows (etcd.cert, etcd.key)"),
+    ("Handshake read failed", "the server does not speak TLS: if that is meant, the endpoint is http://"),
+)
+_PEER = re.compile(r"^ipv[46]:[^ ]+: ")
 _NOISE = ("failed to connect to all addresses; last error: ", "UNKNOWN: ", "UNAVAILABLE: ", "etcdserver: ")
+
+
+def _details(endpoint: str, error: grpc.aio.AioRpcError) -> str:
+    """What went wrong, without gRPC's wrapping, and the cure where the words would not tell."""
+    details = " ".join((error.details() or error.code().name).split())
+    for noise in _NOISE:
+        details = details.replace(noise, "")
+    details = next((cure for sign, cure in _TLS_TROUBLE if sign in details), _PEER.sub("", details))
+    if details == "Socket closed" and endpoint.startswith("http:"):
+        return "the server hung up: if it speaks TLS, the endpoint is https://"
+    return details
 
 
 def _problem(endpoint: str, error: grpc.aio.AioRpcError) -> KVError:  # noqa: PLR0911 - a table
     """A gRPC error in our terms, in one line that names the endpoint."""
-    details = " ".join((error.details() or error.code().name).split())
-    for noise in _NOISE:
-        details = details.replace(noise, "")
+    details = _details(endpoint, error)
     text = f"{endpoint}: {details}"
     match error.code():
         case grpc.StatusCode.PERMISSION_DENIED:

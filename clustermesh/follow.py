@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 
 from clustermesh.kv import KV, Compacted, Denied, Event, KVError, Listing
@@ -92,41 +92,48 @@ class Follower:
         self._mesh.relist = False
         self._remember()
         self.denied.clear()
-        listings: list[tuple[Part, Listing]] = []
+        revisions: list[tuple[Part, int]] = []
         for part in self._mesh.parts:
-            listing = await self._list(part)
-            if listing is None:
-                continue
-            async with self._turn:
-                batches = self._mesh.listed(
-                    part, listing.entries, self._clock(), doubtful=self._doubtful(listing)
-                )
-                await self._feed(batches)
-            listings.append((part, Listing((), listing.revision, listing.store)))
+            revision = await self._list(part)
+            if revision is not None:
+                revisions.append((part, revision))
         if len(self.denied) == len(self._mesh.parts):
             raise Denied(next(iter(self.denied.values())))
         if self._mesh.relist:
             raise _ListAgain("a cluster changed its id")
         self._found()
         async with asyncio.TaskGroup() as group:
-            for part, listing in listings:
-                group.create_task(self._watch(part, listing.revision + 1))
+            for part, revision in revisions:
+                group.create_task(self._watch(part, revision + 1))
             group.create_task(self._release_held())
 
-    async def _list(self, part: Part) -> Listing | None:
-        """What is in a part; None if this user may not read it."""
+    async def _list(self, part: Part) -> int | None:
+        """Take in what is in a part; the revision, or None if this user may not read it."""
+        listing = self._mesh.begin(part)
+        page = Listing((), 0)
         try:
-            if part.kind is Kind.CONFIG and part.cluster:
-                entry = await self._kv.get(part.prefix)  # rights may cover this one key only
-                return Listing((entry,), entry.mod_revision) if entry else Listing((), 0)
-            listing = await self._kv.list(part.prefix)
+            async with aclosing(self._pages(part)) as pages:
+                async for page in pages:
+                    async with self._turn:
+                        await self._feed(listing.page(page.entries))
         except Denied as error:
             self.denied[part.prefix] = str(error)
             return None
-        if listing.store != self.store or listing.revision < self._before[1]:
-            self.store, self.revision = listing.store, listing.revision
-        self.revision = max(self.revision, listing.revision)
-        return listing
+        if page.store != self.store or page.revision < self._before[1]:
+            self.store, self.revision = page.store, page.revision
+        self.revision = max(self.revision, page.revision)
+        async with self._turn:
+            await self._feed(listing.end(self._clock(), doubtful=self._doubtful(page)))
+        return page.revision
+
+    async def _pages(self, part: Part) -> AsyncGenerator[Listing, None]:
+        if part.kind is Kind.CONFIG and part.cluster:
+            entry = await self._kv.get(part.prefix)  # rights may cover this one key only
+            yield Listing((entry,) if entry else (), self.revision, self.store)
+        else:
+            async with aclosing(self._kv.pages(part.prefix)) as pages:
+                async for page in pages:
+                    yield page
 
     def _doubtful(self, listing: Listing) -> bool:
         """Whether the store went back in time, or is another one, since it was lost."""

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+PAGE = 5000  # entries per page: measured, see docs/clustermesh.md
+
 
 class KVError(Exception):
     """Base of everything a store can answer besides what was asked for."""
@@ -64,6 +66,10 @@ class KV(Protocol):
 
     async def list(self, prefix: str) -> Listing: ...
 
+    def pages(self, prefix: str) -> AsyncGenerator[Listing, None]:
+        """The same piece by piece, all at one revision; at least one page."""
+        ...
+
     def watch(self, prefix: str, revision: int) -> AsyncGenerator[Sequence[Event], None]:
         """Batches of events from `revision` on, until cancelled or lost; a batch is whole revisions."""
         ...
@@ -116,6 +122,11 @@ class MemoryKV:
         self._check()
         found = sorted(key for key in self._entries if key.startswith(prefix))
         return Listing(tuple(self._entries[key] for key in found), self._revision)
+
+    async def pages(self, prefix: str) -> AsyncGenerator[Listing, None]:
+        listing = await self.list(prefix)
+        for start in range(0, len(listing.entries) or 1, PAGE):
+            yield Listing(listing.entries[start : start + PAGE], listing.revision, listing.store)
 
     async def watch(self, prefix: str, revision: int) -> AsyncGenerator[Sequence[Event], None]:
         position = revision

@@ -147,7 +147,7 @@ class State(Enum):
 
 
 class Claim(NamedTuple):
-    """One statement about an address. `origin`: the key's last part, or `node:<name>`, which ranks lower."""
+    """One statement about an address. `origin` see `_origin`, or `node:<name>`, which ranks lower."""
 
     origin: str
     identity: int
@@ -233,25 +233,22 @@ class Mesh:
 
     # -- what a driver calls
 
-    def listed(
-        self, part: Part, entries: Sequence[Entry], now: float, *, doubtful: bool = False
-    ) -> Iterator[list[Change]]:
-        """A full listing: only differences come out. `now` is wall-clock seconds, for what is held.
-
-        doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
-        """
+    def begin(self, part: Part) -> "Relisting":
+        """A new listing of a part: only differences come out of it."""
         book = self._books[part]
         if part.kind is Kind.CANARY:
             for remote in self.remotes.values():
                 remote.markers.clear()
         book.waiting.clear()
-        missing = dict(book.owner)
-        for entry in entries:
-            missing.pop(entry.key, None)
-            book.gone.pop(entry.key, None)
-        yield from self._chunked(entries, lambda entry: self._upsert(part, entry.key, entry.value))
-        yield from self._sweep(part, missing, now, doubtful=doubtful)
-        yield from self._wake(part.kind)
+        return Relisting(self, part, dict(book.owner))
+
+    def listed(
+        self, part: Part, entries: Sequence[Entry], now: float, *, doubtful: bool = False
+    ) -> Iterator[list[Change]]:
+        """A listing in one piece."""
+        listing = self.begin(part)
+        yield from listing.page(entries)
+        yield from listing.end(now, doubtful=doubtful)
 
     def applied(self, part: Part, events: Sequence[Event]) -> Iterator[list[Change]]:
         """What the events of a watch change."""
@@ -472,8 +469,8 @@ class Mesh:
             return ()  # what this host itself published
         cidr, identity = self.trust.address(remote.name, config.id, entry)
         changes = [*self._own(part, key, remote, len(remote.claims), self.trust.quotas.addresses)]
-        claim = Claim(rest, identity, entry.pod, entry.namespace, entry.host_ip)
-        changes += self._claim(remote, cidr, rest, claim)
+        claim = Claim(_origin(rest), identity, entry.pod, entry.namespace, entry.host_ip)
+        changes += self._claim(remote, cidr, claim.origin, claim)
         return changes
 
     def _address_owner(self, identity: int, host_ip: str) -> Remote | None:
@@ -562,7 +559,7 @@ class Mesh:
                 remote.identities.pop(number, None)
                 return [IdentityDeleted(remote.name, number)]
             case Kind.IP:
-                return self._claim(remote, wire.parse_cidr(rest), rest, None)
+                return self._claim(remote, wire.parse_cidr(rest), _origin(rest), None)
             case Kind.NODE:
                 name = rest if part.cached or part.cluster else rest.partition("/")[2]
                 changes = self._node_addresses(remote, remote.nodes.pop(name, None), None)
@@ -578,6 +575,8 @@ class Mesh:
         self, part: Part, missing: dict[str, Remote], now: float, *, doubtful: bool
     ) -> Iterator[list[Change]]:
         """Delete what a listing no longer has, as far as the clusters are complete; hold the rest."""
+        if not missing:
+            return
         book = self._books[part]
         lost = Counter(remote.name for remote in missing.values())
         total = Counter(remote.name for remote in book.owner.values())
@@ -620,3 +619,34 @@ class Mesh:
             for item in items[start : start + CHUNK]:
                 changes.extend(act(item))
             yield changes
+
+
+def _origin(rest: str) -> str:
+    """Which key said it: one range can have two, `10.0.0.1` and `10.0.0.1/32`. Short, for there are many."""
+    return rest if "/" in rest else ""
+
+
+class Relisting:
+    """A listing under way, page by page. One that is never ended deletes nothing."""
+
+    def __init__(self, mesh: Mesh, part: Part, missing: dict[str, Remote]) -> None:
+        self._mesh = mesh
+        self._part = part
+        self._missing = missing  # keys of former listings that this one has not shown yet
+
+    def page(self, entries: Sequence[Entry]) -> Iterator[list[Change]]:
+        """Some of the entries, in any order."""
+        for entry in entries:
+            self._missing.pop(entry.key, None)
+        return self._mesh._chunked(entries, self._upsert)
+
+    def _upsert(self, entry: Entry) -> Iterable[Change]:
+        return self._mesh._upsert(self._part, entry.key, entry.value)
+
+    def end(self, now: float, *, doubtful: bool = False) -> Iterator[list[Change]]:
+        """That was everything. `now` is wall-clock seconds, for what is held.
+
+        doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
+        """
+        yield from self._mesh._sweep(self._part, self._missing, now, doubtful=doubtful)
+        yield from self._mesh._wake(self._part.kind)

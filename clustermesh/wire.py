@@ -6,6 +6,7 @@ original takes. A value that is refused raises `Malformed` with a coarse reason.
 
 import ipaddress
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -121,7 +122,7 @@ Cidr = tuple[int, int, int]  # family (4 or 6), network address as an integer, p
 _MAPPED = 0xFFFF << 32
 
 
-@lru_cache(maxsize=4096)  # the same few host addresses come again and again
+@lru_cache(maxsize=256)  # an address is looked at several times in a row
 def parse_ip(text: str) -> tuple[int, int]:
     """Family and number of an address as Go's net.ParseIP reads it: no zones, mapped IPv4 is IPv4."""
     try:
@@ -140,6 +141,12 @@ def ip_text(family: int, number: int) -> str:
     if family == 4:
         return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
     return str(ipaddress.IPv6Address(number))
+
+
+@lru_cache(maxsize=4096)
+def _canonical_host(text: str) -> str:
+    """Canonical text of a node's address; one string for all the entries of a node."""
+    return sys.intern(ip_text(*parse_ip(text)))
 
 
 def _canonical_ip(value: Json, where: str) -> str:
@@ -432,11 +439,11 @@ def decode_ip(name: str, value: bytes, compat: Compat = STRICT) -> IpEntry:
         entry = IpEntry(
             ip_text(*parse_ip(ip)) if ip else "",
             None,
-            ip_text(*parse_ip(host_ip)) if host_ip else "",
+            _canonical_host(host_ip) if host_ip else "",
             int(number),
             int(key),
             metadata,
-            namespace,
+            sys.intern(namespace),
             pod,
         )
     else:

@@ -102,3 +102,46 @@ async def kv(etcd: Etcd) -> AsyncIterator[EtcdKV]:
     store = EtcdKV(EtcdSettings((etcd.endpoint,)))
     yield store
     await store.close()
+
+
+class Certificates:
+    """A CA, a server certificate for the name `mesh.example` and 127.0.0.1, and client certificates by user."""
+
+    def __init__(self, directory: Path) -> None:
+        trustme = pytest.importorskip("trustme")
+        self._ca = trustme.CA()
+        self._directory = directory
+        directory.mkdir()
+        self.ca = directory / "ca.crt"
+        self._ca.cert_pem.write_to_path(self.ca)
+        self.server = self._pair(
+            "server", self._ca.issue_cert("mesh.example", "127.0.0.1", common_name="server")
+        )
+
+    def user(self, name: str) -> tuple[str, str]:
+        """Paths of a client certificate and its key."""
+        cert, key = self._pair(name, self._ca.issue_cert(f"{name}.example", common_name=name))
+        return str(cert), str(key)
+
+    def _pair(self, name: str, issued: object) -> tuple[Path, Path]:
+        cert, key = self._directory / f"{name}.crt", self._directory / f"{name}.key"
+        issued.cert_chain_pems[0].write_to_path(cert)  # type: ignore[attr-defined]
+        issued.private_key_pem.write_to_path(key)  # type: ignore[attr-defined]
+        return cert, key
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return Certificates(tmp_path / "tls")
+
+
+@pytest.fixture
+def tls_etcd(tmp_path: Path, certificates: Certificates) -> Iterator[Etcd]:
+    cert, key = certificates.server
+    member = Etcd(
+        tmp_path / "etcd", "--cert-file", str(cert), "--key-file", str(key), "--trusted-ca-file",
+        str(certificates.ca), "--client-cert-auth", tls=True,
+    )  # fmt: skip
+    member.start()
+    yield member
+    member.stop()

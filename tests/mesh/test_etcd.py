@@ -190,8 +190,8 @@ async def test_nobody_there_is_one_line_that_names_the_endpoint() -> None:
     ("settings", "message"),
     [
         ({"endpoints": ()}, "etcd.endpoints"),
-        ({"endpoints": ("localhost:2379",)}, "not http"),
-        ({"endpoints": ("https://host:99999",)}, "not http"),
+        ({"endpoints": ("localhost:2379",)}, "not like https"),
+        ({"endpoints": ("https://host:99999",)}, "not like https"),
         ({"endpoints": ("https://host:1",), "cert": "/x"}, "etcd.key"),
         ({"endpoints": ("http://host:1",), "ca": "/x"}, "https"),
         ({"endpoints": ("http://host:1",), "password": "x"}, "etcd.username"),

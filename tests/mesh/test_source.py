@@ -87,7 +87,8 @@ async def test_a_stopped_etcd_changes_nothing_and_is_resynced_by_difference(
     for number in range(1, 11):
         await put_ip(kv, number)
     async with following(tables, etcd.endpoint):
-        await until(lambda: len(tables.ips) == 10)
+        await until(lambda: "mesh" in tables.status and tables.status["mesh"].ok)
+        assert len(tables.ips) == 10
         revisions = tables.ips.revision, tables.identities.revision
         etcd.stop()
         await until(lambda: not tables.status["mesh"].ok)
@@ -95,7 +96,7 @@ async def test_a_stopped_etcd_changes_nothing_and_is_resynced_by_difference(
         await asyncio.sleep(1)
         assert (tables.ips.revision, tables.identities.revision) == revisions
         etcd.start()
-        await until(lambda: tables.status["mesh"].ok)
+        await until(lambda: "mesh" in tables.status and tables.status["mesh"].ok)
         assert (tables.ips.revision, tables.identities.revision) == revisions
         assert not tables.ips.stale_since
         await put_ip(kv, 20)
