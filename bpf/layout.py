@@ -27,6 +27,7 @@ SLOT_HOST = 1  # this host: every address it owns
 SLOT_WORLD6 = 2  # an IPv6 address that no table names
 SLOT_UNKNOWN = 3  # an address whose identity has no labels yet: only rules without peers match it
 FIRST_FREE_SLOT = 4
+FIXED_IDENTITIES = {SLOT_HOST: 1, SLOT_WORLD4: 2, SLOT_WORLD6: 2}  # in events; Cilium's numbers
 
 # Rules with a fixed number; policy rules start at FIRST_RULE.
 RULE_DEFAULT_DENY_INGRESS = 0

@@ -163,6 +163,12 @@ def prepare_config(config: PinnedMap, hz: int) -> None:
     config.update(0, layout.CONFIG.pack(**values))
 
 
+def name_fixed_slots(slot_info: PinnedMap) -> None:
+    """Identities of the slots with a fixed meaning, for events; SLOT_UNKNOWN stays 0, which is `unknown`."""
+    for slot, identity in layout.FIXED_IDENTITIES.items():
+        slot_info.update(slot, layout.SLOT_INFO.pack(identity=identity))
+
+
 def check_programs(loaded: Loaded) -> None:
     """A frame that is not IP passes everywhere: a program that fails this is never attached."""
     frame = bytes(12) + b"\x88\xcc" + bytes(50)
@@ -234,6 +240,7 @@ def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Size
     with one_at_a_time(pins):
         maps, adopted = open_maps(home / "maps", sizes)
         prepare_config(maps["config"], features.hz)
+        name_fixed_slots(maps["slot_info"])
         loaded = load_programs(maps, sizes, features)
         check_programs(loaded)
         pin_programs(loaded.fds, home / "progs")
