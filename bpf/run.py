@@ -52,6 +52,8 @@ PROGRAM_OF = {Hook.XDP: "xdp", Hook.TCX_INGRESS: "tcx_ingress", Hook.TCX_EGRESS:
 XDP_DROP, XDP_PASS, TCX_DROP, TCX_NEXT = 1, 2, 2, 0xFFFFFFFF
 XDP_MD = struct.Struct("=6I")  # data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
 SKB_INGRESS_IFINDEX = 36  # offsets in struct __sk_buff
+SKB_GSO_SEGMENTS = 164
+SKB_GSO_SIZE = 176
 SKB_SIZE = 192
 RING_BUSY, RING_DISCARD = 1 << 31, 1 << 30
 LOOPBACK = 1
@@ -224,8 +226,13 @@ class Rig:
         for name in ("ct4", "ct6", "fragments", "fragments_denied"):
             self._empty(name)
 
-    def run(self, hook: Hook, frame: bytes, *, forwarded: bool = False, repeat: int = 1) -> Verdict:
-        """Run one frame of at least 14 bytes. forwarded: it came from another device."""
+    def run(
+        self, hook: Hook, frame: bytes, *, forwarded: bool = False, segments: int = 0, repeat: int = 1
+    ) -> Verdict:
+        """Run one frame of at least 14 bytes.
+
+        At TCX: forwarded, it came from another device; segments, it stands for so many packets (offload).
+        """
         program = self.loaded.fds[PROGRAM_OF[hook]]
         if hook is Hook.XDP:
             result = prog_test_run(
@@ -237,6 +244,9 @@ class Rig:
         context = bytearray(SKB_SIZE)
         if forwarded:
             struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, LOOPBACK)
+        if segments:
+            struct.pack_into("=I", context, SKB_GSO_SEGMENTS, segments)
+            struct.pack_into("=I", context, SKB_GSO_SIZE, 1_000)
         result = self._run_skb(program, frame, bytes(context), repeat)
         return Verdict(result.value == TCX_NEXT, marked=False, duration_ns=result.duration_ns)
 

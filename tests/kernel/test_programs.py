@@ -182,6 +182,17 @@ def test_a_rule_that_goes_away_cuts_the_connection_it_let_in(rig: Rig) -> None:
     assert not rig.run(Hook.TCX_INGRESS, frames.udp(FRIEND, US, 40000, 53)).passes
 
 
+def test_our_answers_do_not_reopen_what_a_rule_has_closed(rig: Rig) -> None:
+    question, answer = frames.udp(FRIEND, US, 40000, 53), frames.udp(US, FRIEND, 53, 40000)
+    lets_in = {(Direction.INGRESS, FRIENDS): ((PORTS_UDP + 53, PORTS_UDP + 53, ALLOW),)}
+    rig.install(Policy(ADDRESSES, rows=lets_in))
+    assert rig.run(Hook.TCX_INGRESS, question).passes
+    assert rig.run(Hook.TCX_EGRESS, answer).passes
+    rig.install(Policy(ADDRESSES, default={Direction.EGRESS: ALLOW}))
+    assert rig.run(Hook.TCX_EGRESS, answer).passes
+    assert not rig.run(Hook.TCX_INGRESS, question).passes
+
+
 def test_denied_packets_leave_no_state_behind(rig: Rig) -> None:
     for port in range(100):
         rig.run(Hook.TCX_INGRESS, frames.tcp(STRANGER, US, port, 22))
@@ -235,6 +246,15 @@ def test_icmp_errors_pass_only_about_what_we_sent(
     assert not rig.run(hook, frames.icmp_error(stranger, us, kind, code, theirs)).passes
 
 
+def test_an_icmp_error_must_go_to_the_address_that_the_quoted_packet_came_from(rig: Rig) -> None:
+    second = "192.0.2.3"
+    rig.install(Policy({**ADDRESSES, raw(second): SLOT_HOST}, default={Direction.EGRESS: ALLOW}))
+    ours = frames.tcp(second, FRIEND, 50000, 443)
+    rig.run(Hook.TCX_EGRESS, ours)
+    assert rig.run(Hook.XDP, frames.icmp_error(STRANGER, second, 3, 1, ours)).passes
+    assert not rig.run(Hook.XDP, frames.icmp_error(STRANGER, US, 3, 1, ours)).passes
+
+
 @pytest.mark.parametrize("hook", INGRESS_HOOKS)
 @pytest.mark.parametrize(("us", "friend", "stranger"), FAMILIES)
 def test_packet_too_big_arrives_for_connections_that_policy_lets_in(
@@ -286,6 +306,15 @@ def test_vlan_tags_do_not_hide_a_packet_from_policy(rig: Rig, hook: Hook) -> Non
         denied = frames.ip(STRANGER, US, 6, frames.tcp_segment(1, KUBELET), vlans=vlans)
         assert (rig.run(hook, allowed).passes, rig.run(hook, denied).passes) == (True, False), vlans
     assert not rig.run(hook, frames.ip(FRIEND, US, 6, frames.tcp_segment(1, KUBELET), vlans=(5, 6, 7))).passes
+
+
+@pytest.mark.parametrize("hook", INGRESS_HOOKS)
+@pytest.mark.parametrize("count", [1, 8, 9])
+def test_eight_extension_headers_are_walked_and_a_ninth_is_refused(rig: Rig, hook: Hook, count: int) -> None:
+    chain = b"".join(bytes([60, 0]) + bytes(6) for _ in range(count - 1)) + bytes([6, 0]) + bytes(6)
+    allowed = frames.ip(FRIEND6, US6, 60, chain + frames.tcp_segment(1, KUBELET))
+    denied = frames.ip(FRIEND6, US6, 60, chain + frames.tcp_segment(1, 22))
+    assert (rig.run(hook, allowed).passes, rig.run(hook, denied).passes) == (count <= 8, False)
 
 
 @pytest.mark.parametrize("hook", INGRESS_HOOKS)
@@ -472,6 +501,15 @@ def test_an_entry_is_not_written_for_each_packet(rig: Rig) -> None:
 def test_a_program_that_passes_tells_tcx_and_one_that_drops_need_not(rig: Rig) -> None:
     assert rig.run(Hook.XDP, frames.tcp(FRIEND, US, 1, KUBELET)).marked
     assert not rig.run(Hook.XDP, frames.tcp(STRANGER, US, 1, KUBELET)).marked
+
+
+def test_a_super_packet_beyond_64_kib_is_judged_and_counted_as_its_segments(rig: Rig) -> None:
+    frame = bytearray(frames.tcp(FRIEND, US, 1, KUBELET, ACK))
+    frame[16:18] = bytes(2)  # the kernel writes 0 for a length that does not fit
+    assert not rig.run(Hook.TCX_INGRESS, bytes(frame)).passes
+    before = rig.reasons(Direction.INGRESS).get(Reason.FORWARDED, 0)
+    assert rig.run(Hook.TCX_INGRESS, bytes(frame), segments=3).passes
+    assert rig.reasons(Direction.INGRESS)[Reason.FORWARDED] - before == 3
 
 
 def test_tcp_ports_are_not_udp_ports(rig: Rig) -> None:

@@ -86,11 +86,12 @@ def some_policy(choice: random.Random) -> Policy:
         packed(peer): choice.randrange(4, 8) for peer in choice.sample(ADDRESSES4[1:5] + ADDRESSES6[3:], 4)
     }
     prefixes = {(packed("198.51.100.0"), 24): 4, (packed("10.0.0.0"), 8): 5, (packed("10.1.2.0"), 28): 6}
-    prefixes |= {
+    six = {
         (packed("2001:db8:b::"), 48): 5,
         (packed("2001:db8:b:1::"), 64): 6,
         (packed("2001:db8:c::"), 64): 7,
     }
+    prefixes |= {key: six[key] for key in choice.sample(sorted(six), choice.randrange(4))}
     bases = [0, PORTS_UDP, 2 * PORTS_UDP]
 
     def paint() -> tuple[int, int, int]:
@@ -115,9 +116,9 @@ def some_policy(choice: random.Random) -> Policy:
 def built_frame(choice: random.Random) -> bytes:
     src, dst = (choice.choice(pool) for pool in [choice.choice([ADDRESSES4, ADDRESSES6])] for _ in range(2))
     sport, dport = choice.choice(PORTS), choice.choice(PORTS)
-    kind = choice.randrange(8)
+    kind = choice.randrange(9)
     if kind < 3:
-        flags = choice.choice([SYN, SYN | ACK, ACK, FIN | ACK, RST, RST | ACK])
+        flags = choice.choice([SYN, SYN | ACK, ACK, FIN | ACK, RST, RST | ACK, choice.randrange(256)])
         return frames.tcp(src, dst, sport, dport, flags)
     if kind < 5:
         return frames.udp(src, dst, sport, dport)
@@ -129,10 +130,23 @@ def built_frame(choice: random.Random) -> bytes:
     if kind == 6:
         quoted = frames.tcp(dst, choice.choice([src, *ADDRESSES4[:3]]) if "." in dst else src, dport, sport)
         return frames.icmp_error(src, dst, choice.choice([3, 11, 1, 2]), choice.choice([0, 1, 4]), quoted)
+    if kind == 7 and ":" in src:
+        return frame_with_extensions(choice, src, dst)
     l4 = frames.udp_datagram(sport, dport, bytes(56))
-    offset = choice.choice([1, 64, 65, 8, 9, 0])
+    offset = choice.choice([1, 64, 65, 8, 9, 0, 65456, 65472, 65480])
     proto = choice.choice([6, 17, 132])
     return frames.ip(src, dst, proto, l4, identification=choice.randrange(8), fragment=offset)
+
+
+def frame_with_extensions(choice: random.Random, src: str, dst: str) -> bytes:
+    kinds = [choice.choice([60, 60, 60, 43, 44, 0]) for _ in range(choice.choice([1, 2, 7, 8, 9]))]
+    if choice.random() < 0.5:
+        kinds = [60] * len(kinds)
+    chain, following = frames.tcp_segment(choice.choice(PORTS), choice.choice(PORTS)), 6
+    for kind in reversed(kinds):
+        left = choice.choice([0, 0, 1]) if kind == 43 else 0
+        chain, following = bytes([following, 0, 4 if kind == 43 else 0, left, 0, 0, 0, 0]) + chain, kind
+    return frames.ip(src, dst, following, chain)
 
 
 def some_frame(choice: random.Random, golden: list[bytes]) -> bytes:
