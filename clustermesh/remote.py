@@ -384,6 +384,9 @@ class Mesh:
         if not wire.valid_cluster_name(name):
             self.strays["cluster_name"] += 1
             return ()
+        if name not in self.remotes and len(self.remotes) > self.trust.max_clusters:
+            self.strays["too_many_clusters"] += 1
+            return ()
         remote = self._remote(name)
         self._touched.add(name)
         try:
