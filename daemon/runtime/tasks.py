@@ -28,6 +28,13 @@ class Tasks:
         loop = asyncio.get_running_loop()
         self._running[name] = loop.create_task(self._keep(name, work), name=name)
 
+    def once(self, name: str, work: Work) -> None:
+        """Run `work` to its end; what it raises is logged. A second call while it runs does nothing."""
+        if name not in self._running:
+            task = asyncio.get_running_loop().create_task(self._try(name, work), name=name)
+            self._running[name] = task
+            task.add_done_callback(lambda _: self._running.pop(name, None))
+
     async def stop(self) -> None:
         """Cancel everything and wait for it."""
         tasks = list(self._running.values())
@@ -35,6 +42,12 @@ class Tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._running.clear()
+
+    async def _try(self, name: str, work: Work) -> None:
+        try:
+            await work()
+        except Exception:
+            log.exception("%s failed", name)
 
     async def _keep(self, name: str, work: Work) -> None:
         backoff = Backoff()

@@ -97,12 +97,12 @@ class HostSource:
         """For ever; OSError when netlink fails."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        with _notifications() as channel, IPRoute() as route:
+        with _notifications() as channel:
             loop.add_reader(channel, _drain, channel, changed)
             try:
                 while True:
                     changed.clear()
-                    await self._look(route)
+                    await self._look()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(LOOK_EVERY_S):
                             await changed.wait()
@@ -117,8 +117,8 @@ class HostSource:
         if row is not None:
             self._put(Links(row.devices, row.addresses))
 
-    async def _look(self, route: IPRoute) -> None:
-        links = await asyncio.to_thread(_dump, route)
+    async def _look(self) -> None:
+        links = await asyncio.to_thread(_dump)
         self._read_node_file()
         self._put(links)
 
@@ -207,10 +207,11 @@ def _drain(channel: socket.socket, changed: asyncio.Event) -> None:
             pass
 
 
-def _dump(route: IPRoute) -> Links:
-    """In a thread: pyroute2 blocks."""
-    devices = sorted((_device(one) for one in route.get_links()), key=lambda one: one.index)
-    return Links(tuple(devices), own_addresses(_addresses(route)))
+def _dump() -> Links:
+    """In a thread, where pyroute2 makes an event loop of its own: under uvloop it cannot work."""
+    with IPRoute() as route:
+        devices = sorted((_device(one) for one in route.get_links()), key=lambda one: one.index)
+        return Links(tuple(devices), own_addresses(_addresses(route)))
 
 
 def _device(message: Any) -> Device:

@@ -1,0 +1,264 @@
+"""/v1/policies, identities, ips, ct: what the tables and the kernel hold, row by row."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+from aiohttp import web
+
+from bpf.layout import Sizes
+from bpf.syscall import LayoutMismatch
+from daemon.api.app import ApiError, Json, stream_rows
+from daemon.datapath.conntrack import Conntrack, CtRow
+from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_name
+from daemon.model.labels import format_labels
+from daemon.model.net import Direction, Prefix, parse_prefix, proto_name
+from daemon.model.problem import Problem
+from daemon.model.rule import Policy
+from daemon.policy.compile import HOST, Subject, selects
+from daemon.state.tables import IpKey, IpRow, Tables
+
+MAX_LISTED_CT = 1_000_000
+
+
+def routes(
+    tables: Tables,
+    pins: Path,
+    sizes: Sizes,
+    audit: "AuditSettings",
+    accept_empty: Callable[[], Awaitable[bool]],
+) -> list[web.RouteDef]:
+    """The handlers."""
+
+    async def policies(_: web.Request) -> web.StreamResponse:
+        return web.json_response(policies_json(tables, audit))
+
+    async def policy(request: web.Request) -> web.StreamResponse:
+        return web.json_response(policy_json(tables, audit, request.match_info["name"]))
+
+    async def empty(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"accepted": await accept_empty()})
+
+    async def identities(request: web.Request) -> web.StreamResponse:
+        return await stream_rows(
+            request, {}, "identities", identity_rows(tables, request.query.get("label", ""))
+        )
+
+    async def identity(request: web.Request) -> web.StreamResponse:
+        return web.json_response(identity_json(tables, request.match_info["number"]))
+
+    async def ips(request: web.Request) -> web.StreamResponse:
+        wanted = _prefix(request.query.get("address", ""))
+        number = _number(request.query.get("identity", ""))
+        return await stream_rows(request, {}, "ips", ip_rows(tables, wanted, number))
+
+    async def ct(request: web.Request) -> web.StreamResponse:
+        rows = await asyncio.to_thread(_connections, pins, sizes)
+        return await stream_rows(request, {}, "connections", map(ct_json, rows))
+
+    async def flush(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"flushed": await asyncio.to_thread(_flush, pins, sizes)})
+
+    return [
+        web.get("/v1/policies", policies),
+        web.get("/v1/policies/{name:.+}", policy),
+        web.post("/v1/policies/accept-empty", empty),
+        web.get("/v1/identities", identities),
+        web.get("/v1/identities/{number}", identity),
+        web.get("/v1/ips", ips),
+        web.get("/v1/ct", ct),
+        web.delete("/v1/ct", flush),
+    ]
+
+
+# Policies
+
+
+class AuditSettings:
+    """Which policies only report. The whole host, or some by title."""
+
+    def __init__(self, host: bool, policies: frozenset[str]) -> None:
+        self.host = host
+        self.policies = policies
+
+    def covers(self, policy: Policy) -> bool:
+        """Whether denials of this policy are reported and not enforced."""
+        return self.host or policy.title in self.policies
+
+
+def policies_json(tables: Tables, audit: AuditSettings) -> Json:
+    """`policies` by name; `problems`: what is wrong with documents, and with files that were not read."""
+    found = [_policy(tables, audit, one) for _, one in sorted(tables.policies.rows.items())]
+    problems = [problem_json(one) for _, row in sorted(tables.problems.rows.items()) for one in row]
+    return {"policies": found, "problems": problems}
+
+
+def policy_json(tables: Tables, audit: AuditSettings, name: str) -> Json:
+    """One policy by name or namespace/name."""
+    for one in tables.policies.rows.values():
+        if one.title == name:
+            return _policy(tables, audit, one) | {
+                "rules": [_rule(rule) for spec in one.specs for rule in spec.rules]
+            }
+    raise ApiError(404, f"no policy {name!r}; `meshwall policy list` has the names")
+
+
+def _policy(tables: Tables, audit: AuditSettings, policy: Policy) -> Json:
+    state, reason = policy_state(tables, audit, policy)
+    return {
+        "name": policy.title,
+        "kind": policy.kind,
+        "state": state,
+        "reason": reason,
+        "directions": _directions(policy),
+        "rules": sum(len(spec.rules) for spec in policy.specs),
+        "file": policy.file,
+        "line": policy.line,
+    }
+
+
+def _directions(policy: Policy) -> list[str]:
+    return [str(one) for one in Direction if any(spec.restricts[one] for spec in policy.specs)]
+
+
+def policy_state(tables: Tables, audit: AuditSettings, policy: Policy) -> tuple[str, str]:
+    """(state, reason): `enforced`, `audit`, `selects nothing` or `waiting`."""
+    host = tables.host.get("host")
+    if host is None:
+        return "waiting", "the labels of this host are not known yet"
+    if not any(selects(spec, Subject(HOST, host.labels)) for spec in policy.specs):
+        return "selects nothing", "no nodeSelector of it matches the labels of this host"
+    if audit.covers(policy):
+        return "audit", "denials are reported, not enforced"
+    datapath = tables.status.get("datapath")
+    if datapath is None or not datapath.ok:
+        return "waiting", datapath.text if datapath else "the data path is not ready yet"
+    return "enforced", ""
+
+
+def _rule(rule: object) -> str:
+    return str(rule)
+
+
+def problem_json(one: Problem) -> Json:
+    """A finding, with its text in one line."""
+    return {
+        "file": one.file,
+        "line": one.line,
+        "column": one.column,
+        "field": one.field,
+        "severity": one.severity,
+        "message": one.message,
+    }
+
+
+# Identities and addresses
+
+
+def identity_rows(tables: Tables, label: str = "") -> Iterator[Json]:
+    """Every identity in number order, reserved ones included; only those with `label` if it is given."""
+    fixed = {Identity(one) for one in Reserved if one}
+    for number in sorted(fixed | tables.identities.rows.keys()):
+        row = _identity(tables, number)
+        if row is not None and (not label or label in row["labels"]):
+            yield row
+
+
+def _identity(tables: Tables, number: Identity) -> Json | None:
+    row = tables.identities.get(number)
+    if row is not None:
+        return {"id": number, "labels": list(format_labels(row.labels)), "source": row.source}
+    if reserved_name(number) is None:
+        return None
+    return {"id": number, "labels": list(format_labels(reserved_labels(number))), "source": "reserved"}
+
+
+def identity_json(tables: Tables, text: str) -> Json:
+    """One identity by number or reserved name, with the addresses that are known for it."""
+    names = {reserved_name(Identity(one)): Identity(one) for one in Reserved}
+    number = names.get(text) if text in names else _number(text)
+    found = _identity(tables, number) if number is not None else None
+    if number is None or found is None:
+        raise ApiError(404, f"no identity {text!r} is known")
+    return found | {"ips": list(ip_rows(tables, None, number))}
+
+
+def ip_rows(tables: Tables, within: Prefix | None, identity: Identity | None) -> Iterator[Json]:
+    """Every claim in address order; those that cover or lie within a prefix, or of one identity."""
+    for key in sorted(tables.ips.rows):
+        row = tables.ips.get(key)
+        if row is None or (identity is not None and row.identity != identity):
+            continue
+        if within is None or within.contains(key.prefix) or key.prefix.contains(within):
+            yield _ip(key, row)
+
+
+def _ip(key: IpKey, row: IpRow) -> Json:
+    return {
+        "cidr": key.prefix.cidr,
+        "identity": row.identity,
+        "source": key.source,
+        "name": row.name,
+        "namespace": row.namespace,
+        "node": row.node,
+    }
+
+
+def _prefix(text: str) -> Prefix | None:
+    if not text:
+        return None
+    try:
+        return parse_prefix(text)
+    except ValueError as error:
+        raise ApiError(400, f"address: {error}") from None
+
+
+def _number(text: str) -> Identity | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ApiError(400, f"identity: {text!r} is not a number")
+    return Identity(int(text))
+
+
+# Connections
+
+
+def _connections(pins: Path, sizes: Sizes) -> list[CtRow]:
+    with _opened(pins, sizes) as table:
+        rows = []
+        for row in table.entries():
+            rows.append(row)
+            if len(rows) > MAX_LISTED_CT:
+                break
+        return rows
+
+
+def _flush(pins: Path, sizes: Sizes) -> int:
+    with _opened(pins, sizes) as table:
+        return table.flush()
+
+
+def _opened(pins: Path, sizes: Sizes) -> Conntrack:
+    try:
+        return Conntrack(pins, sizes)
+    except FileNotFoundError:
+        raise ApiError(503, "there is no data path yet: `meshwall status` says why") from None
+    except (OSError, LayoutMismatch) as error:
+        raise ApiError(503, f"the connection table cannot be opened: {error}") from None
+
+
+def ct_json(row: CtRow) -> Json:
+    """One connection; times in seconds."""
+    return {
+        "protocol": proto_name(row.proto),
+        "local": row.local,
+        "local_port": row.local_port,
+        "remote": row.remote,
+        "remote_port": row.remote_port,
+        "origin": row.origin,
+        "flags": [one.name for one in type(row.flags) if one in row.flags],
+        "rule": row.rule,
+        "age_s": round(row.age_s, 1),
+        "expires_s": round(row.expires_s, 1),
+    }
