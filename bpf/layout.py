@@ -34,6 +34,7 @@ RULE_DEFAULT_DENY_INGRESS = 0
 RULE_DEFAULT_DENY_EGRESS = 1
 RULE_DEFAULT_ALLOW = 2
 RULE_FAILSAFE = 3
+RULE_LOCALHOST = 4  # this host may reach its own workloads
 FIRST_RULE = 16
 
 # Entries of ip4_blocks: 256 root blocks by the first two octets, then blocks for the third and the fourth.
