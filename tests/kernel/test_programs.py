@@ -124,6 +124,12 @@ def test_a_prefix_gives_its_slot_to_addresses_and_a_longer_one_takes_them_back(r
     ]
 
 
+def test_prefixes_of_other_lengths_than_64_work_alone(rig: Rig) -> None:
+    prefixes = {(raw("2001:db8:77::"), 48): FRIENDS}
+    rig.install(Policy(ADDRESSES, prefixes, ONLY_KUBELET.rows, enforced=BufferFlag.ENFORCE_INGRESS))
+    assert rig.run(Hook.XDP, frames.tcp("2001:db8:77:5::1", US6, 1, KUBELET)).passes
+
+
 @pytest.mark.parametrize("hook", INGRESS_HOOKS)
 def test_reserved_addresses_as_source_are_dropped_whatever_policy_says(rig: Rig, hook: Hook) -> None:
     rig.install(Policy(ADDRESSES, default={Direction.INGRESS: ALLOW}, enforced=BufferFlag.ENFORCE_INGRESS))
@@ -244,6 +250,14 @@ def test_icmp_errors_pass_only_about_what_we_sent(
     assert rig.run(hook, frames.icmp_error(stranger, us, kind, code, ours)).passes
     theirs = frames.tcp(friend, us, 443, 50000, ACK)
     assert not rig.run(hook, frames.icmp_error(stranger, us, kind, code, theirs)).passes
+
+
+def test_an_icmp_error_about_a_later_fragment_names_no_ports(rig: Rig) -> None:
+    ours = frames.tcp(US, FRIEND, 50000, 443)
+    rig.run(Hook.TCX_EGRESS, ours)
+    later = frames.ip(US, FRIEND, 6, frames.tcp_segment(50000, 443), identification=1, fragment=64)
+    assert rig.run(Hook.XDP, frames.icmp_error(STRANGER, US, 3, 1, ours)).passes
+    assert not rig.run(Hook.XDP, frames.icmp_error(STRANGER, US, 3, 1, later)).passes
 
 
 def test_an_icmp_error_must_go_to_the_address_that_the_quoted_packet_came_from(rig: Rig) -> None:
