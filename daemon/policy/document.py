@@ -85,7 +85,7 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
     line = 0
     for first, end in pairwise(edges):
         chunk = text[first:end]
-        if chunk.strip():
+        if chunk.strip() not in ("", "---"):
             yield line, chunk
         line += chunk.count("\n")
 
@@ -197,8 +197,8 @@ class _Builder:
 
 
 def _hint(problem: str) -> str:
-    if "'\\t'" in problem or "tab" in problem:
-        return " (indent with spaces, not tabs)"
+    if "cannot start any token" in problem:
+        return " (indent with spaces, not tabs; quote text that begins with % @ or `)"
     if "mapping values are not allowed" in problem:
         return " (is a quote or a line break missing, or is the indentation off?)"
     return ""

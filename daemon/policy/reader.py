@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from daemon.model.problem import Problem
 from daemon.policy.document import Node, shown
 
+MAX_PROBLEMS = 100
+
 
 @dataclass(slots=True)
 class Reader:
@@ -21,7 +23,9 @@ class Reader:
         return any(one.severity == "error" for one in self.problems)
 
     def fail(self, node: Node, path: str, message: str) -> None:
-        """Record an error at a node."""
+        """Record an error at a node; one document does not get more than MAX_PROBLEMS."""
+        if len(self.problems) >= MAX_PROBLEMS:
+            return
         self.problems.append(Problem(self.file, node.line, node.column, path, message))
 
     def mapping(
@@ -32,7 +36,7 @@ class Reader:
             return {}
         names = tuple(known)
         for name, key in node.keys.items():
-            if name not in names:
+            if name not in names and len(self.problems) < MAX_PROBLEMS:
                 self.fail(key, join(path, name), f"unknown field {shown(name)}{suggest(name, names)}")
         for name in required:
             if name not in node.fields:

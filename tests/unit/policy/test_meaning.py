@@ -3,6 +3,7 @@
 The oracle below reads plain documents (dicts) and label texts; it shares nothing with the compiler but numbers.
 """
 
+# ruff: noqa: E501, PLR0917, S311, SIM102
 import ipaddress
 import json
 import random

@@ -1,0 +1,132 @@
+"""What the compiler promises beside the meaning: failsafe, fixed rules, sharing, and rule numbers."""
+
+import json
+
+from daemon.model.identity import Identity
+from daemon.model.labels import parse_labels
+from daemon.model.net import Direction, Proto, parse_prefix
+from daemon.model.rule import CidrGroup
+from daemon.model.verdict import FIRST_RULE, FixedRule, Verdict, unpack_cell
+from daemon.policy.ccnp import parse_documents
+from daemon.policy.compile import CompileSettings, Failsafe, Subject, compile_policy
+from daemon.policy.tables import PORTLESS
+
+HOST = Subject(Identity(1), parse_labels(["reserved:host"]))
+POD = Identity(70_000)
+PODS = {POD: parse_labels(["k8s:io.kubernetes.pod.namespace=prod", "k8s:app=web"])}
+
+
+def policies(*specs):
+    text = "\n".join(
+        "---\n"
+        + json.dumps(
+            {
+                "apiVersion": "cilium.io/v2",
+                "kind": "CiliumClusterwideNetworkPolicy",
+                "metadata": {"name": f"p{at}"},
+                "spec": spec,
+            }
+        )
+        for at, spec in enumerate(specs)
+    )
+    found = parse_documents(text, "a.yaml")
+    assert not found.problems
+    return found.policies
+
+
+def ingress(*rules, **more):
+    return {"nodeSelector": {}, "ingress": list(rules), **more}
+
+
+def answer(tables, row, proto, port=PORTLESS, direction=Direction.INGRESS):
+    return unpack_cell(tables.matrix(direction).cell(row[direction], proto, port))[:2]
+
+
+def test_the_failsafe_list_is_painted_over_denies_but_only_where_policy_is_enforced():
+    safe = (Failsafe(Direction.INGRESS, Proto.TCP, 22), Failsafe(Direction.EGRESS, Proto.UDP, 53))
+    deny = {"nodeSelector": {}, "ingressDeny": [{"fromEntities": ["all"]}]}
+    tables = compile_policy(policies(deny), {}, HOST, PODS, CompileSettings(failsafe=safe))
+    for row in (tables.identities[POD], tables.unknown, tables.rows_of_address(parse_prefix("8.8.8.8"))):
+        assert answer(tables, row, 6, 22) == (Verdict.ALLOW, FixedRule.FAILSAFE)
+        assert answer(tables, row, 6, 23) == (Verdict.DENY, FIRST_RULE)
+        assert answer(tables, row, 6) == (Verdict.DENY, FIRST_RULE)  # a fragment without its first one
+        assert answer(tables, row, 17, 53, Direction.EGRESS) == (Verdict.ALLOW, FixedRule.DEFAULT_ALLOW)
+    assert not tables.egress.enforced
+
+
+def test_a_failsafe_entry_can_be_narrowed_to_sources():
+    safe = (Failsafe(Direction.INGRESS, Proto.TCP, 22, (parse_prefix("10.0.0.0/8"),)),)
+    tables = compile_policy(policies(ingress({})), {}, HOST, PODS, CompileSettings(failsafe=safe))
+    assert answer(tables, tables.rows_of_address(parse_prefix("10.1.1.1")), 6, 22) == (
+        Verdict.ALLOW,
+        FixedRule.FAILSAFE,
+    )
+    assert answer(tables, tables.rows_of_address(parse_prefix("11.1.1.1")), 6, 22)[0] is Verdict.DEFAULT_DENY
+
+
+def test_without_a_policy_nothing_is_enforced_and_every_cell_allows():
+    tables = compile_policy((), {}, HOST, PODS, CompileSettings())
+    assert (tables.ingress.enforced, tables.egress.enforced) == (False, False)
+    assert tables.ingress.rows == ((1 << 28 | FixedRule.DEFAULT_ALLOW,),)
+
+
+def test_default_denies_carry_the_fixed_rule_of_their_direction():
+    tables = compile_policy((), {}, HOST, PODS, CompileSettings(mode="always"))
+    assert answer(tables, tables.unknown, 6, 1) == (Verdict.DEFAULT_DENY, FixedRule.DEFAULT_DENY_INGRESS)
+    assert answer(tables, tables.unknown, 6, 1, Direction.EGRESS) == (
+        Verdict.DEFAULT_DENY,
+        FixedRule.DEFAULT_DENY_EGRESS,
+    )
+
+
+def test_a_group_of_many_prefixes_shares_rows_and_groups():
+    group = CidrGroup("office", tuple(parse_prefix(f"10.{at >> 8}.{at & 255}.0/24") for at in range(5_000)))
+    rule = {"fromCIDRSet": [{"cidrGroupRef": "office"}]}
+    tables = compile_policy(policies(ingress(rule)), {"office": group}, HOST, {}, CompileSettings())
+    assert len(tables.prefixes) == 5_002
+    assert len(tables.groups) == 2
+    assert len(tables.ingress.rows) == 2
+
+
+def test_equal_rows_and_columns_are_one():
+    ports = [{"ports": [{"port": str(port), "protocol": "TCP"} for port in (22, 80, 443)]}]
+    rules = [{"fromEntities": [entity], "toPorts": ports} for entity in ("health", "init")]
+    tables = compile_policy(policies(ingress(*rules)), {}, HOST, PODS, CompileSettings())
+    assert tables.ingress.columns.count == 2  # named ports together, and everything else
+    many = {
+        Identity(100_000 + at): parse_labels([f"k8s:app=a{at}", "k8s:io.kubernetes.pod.namespace=x"])
+        for at in range(500)
+    }
+    assert len(compile_policy(policies(ingress(*rules)), {}, HOST, many, CompileSettings()).ingress.rows) == 1
+
+
+def test_rule_numbers_lead_to_file_line_and_policy():
+    tables = compile_policy(
+        policies(ingress({"fromEntities": ["health"]}), ingress({"fromEntities": ["init"]})),
+        {},
+        HOST,
+        {},
+        CompileSettings(),
+    )
+    assert sorted(tables.rules) == [FIRST_RULE, FIRST_RULE + 1]
+    assert [one.policy for one in tables.rules.values()] == ["p0", "p1"]
+    assert all(one.file == "a.yaml" and one.line for one in tables.rules.values())
+
+
+def test_a_whole_protocol_matches_packets_without_ports_and_a_range_does_not():
+    whole = ingress(
+        {
+            "toPorts": [
+                {
+                    "ports": [
+                        {"port": "0", "protocol": "UDP"},
+                        {"port": "1", "endPort": 65535, "protocol": "TCP"},
+                    ]
+                }
+            ]
+        }
+    )
+    tables = compile_policy(policies(whole), {}, HOST, {}, CompileSettings())
+    assert answer(tables, tables.unknown, 17)[0] is Verdict.ALLOW
+    assert answer(tables, tables.unknown, 6)[0] is Verdict.DEFAULT_DENY
+    assert answer(tables, tables.unknown, 47)[0] is Verdict.DEFAULT_DENY
