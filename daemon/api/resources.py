@@ -14,7 +14,7 @@ from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_
 from daemon.model.labels import format_labels
 from daemon.model.net import Direction, Prefix, parse_prefix, proto_name
 from daemon.model.problem import Problem
-from daemon.model.rule import Policy
+from daemon.model.rule import NamedPort, Policy, PortMatch, Rule
 from daemon.policy.compile import HOST, Subject, selects
 from daemon.state.tables import IpKey, IpRow, Tables
 
@@ -136,8 +136,27 @@ def policy_state(tables: Tables, audit: AuditSettings, policy: Policy) -> tuple[
     return "enforced", ""
 
 
-def _rule(rule: object) -> str:
-    return str(rule)
+def _rule(rule: Rule) -> Json:
+    origin = rule.origin
+    kind = "Deny" if origin.deny else ""
+    return {
+        "name": f"{origin.direction}{kind}[{origin.index}]",
+        "line": origin.line,
+        "action": "deny" if origin.deny else "allow",
+        "direction": str(origin.direction),
+        "peers": None if rule.peers is None else [str(one) for one in rule.peers],
+        "ports": None if rule.ports is None else [_port(one) for one in (*rule.ports, *rule.layer7_ports)],
+    }
+
+
+def _port(port: PortMatch) -> str:
+    """`10250/TCP`, `80-90/UDP`, `TCP` for all of a protocol, `https/TCP` by name."""
+    if isinstance(port, NamedPort):
+        return f"{port.name}/{','.join(map(proto_name, port.protocols))}"
+    if port.whole:
+        return proto_name(port.proto)
+    numbers = f"{port.first}-{port.last}" if port.first != port.last else str(port.first)
+    return f"{numbers}/{proto_name(port.proto)}"
 
 
 def problem_json(one: Problem) -> Json:

@@ -1,0 +1,73 @@
+"""`meshwall cleanup`: the explicit removal of all enforcement. Works without the daemon."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DEFAULT_PINS = Path("/sys/fs/bpf/meshwall")
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "cleanup",
+        help="remove all enforcement from this host",
+        description="Detach every program and remove every map. From then on every packet passes. A running daemon "
+        "would put them back: stop it first.",
+    )
+    parser.add_argument("--yes", action="store_true", help="yes, I mean it (needed on a terminal)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what is there")
+    parser.add_argument(
+        "--pins", type=Path, metavar="DIR", help=f"default: of the settings, or {DEFAULT_PINS}"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings that name the pins")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    pins = options.pins or _pins(options.config)
+    if pins is None:
+        return 2
+    if not pins.exists() or not any(pins.iterdir()):
+        print(f"nothing of ours in {pins}")
+        return 0
+    if options.dry_run:
+        print("\n".join(map(str, sorted(pins.rglob("*")))))
+        return 0
+    if why := _refusal(options, pins):
+        print(f"meshwall cleanup: {why}", file=sys.stderr)
+        return 2
+    return _remove(pins)
+
+
+def _refusal(options: argparse.Namespace, pins: Path) -> str:
+    if sys.stdin.isatty() and not options.yes:
+        return f"this opens the host (pins in {pins}); repeat with --yes"
+    return "" if os.geteuid() == 0 else "only root can remove enforcement"
+
+
+def _remove(pins: Path) -> int:
+    from daemon.datapath.links import cleanup  # noqa: PLC0415 - the rest of the command line does not need it
+
+    try:
+        done = cleanup(pins)
+    except OSError as error:
+        print(f"meshwall cleanup: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(done))
+    return 0
+
+
+def _pins(file: Path | None) -> Path | None:
+    """Of the settings; broken settings must not keep anybody from cleaning up the default place."""
+    from daemon.config import ConfigError, load  # noqa: PLC0415
+
+    try:
+        return load(file).pins
+    except ConfigError as error:
+        if file is None:
+            print(f"meshwall cleanup: settings are broken, using {DEFAULT_PINS}", file=sys.stderr)
+            return DEFAULT_PINS
+        print(f"meshwall cleanup: {error}", file=sys.stderr)
+        return None

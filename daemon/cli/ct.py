@@ -1,0 +1,46 @@
+"""`meshwall ct list|flush`: tracked connections."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from daemon.cli.client import DaemonError, Json, ask, fail, listing, output_option, span, table
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the noun."""
+    noun = subparsers.add_parser("ct", aliases=["conntrack"], help="tracked connections")
+    verbs = noun.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    many = verbs.add_parser("list", aliases=["ls"], help="connections whose replies pass")
+    output_option(many)
+    many.set_defaults(run=listing("/v1/ct", _lines))
+    flush = verbs.add_parser(
+        "flush", help="forget all of them: replies that no rule allows are cut until the connection is new"
+    )
+    flush.set_defaults(run=_flush)
+
+
+def _lines(found: Json) -> Sequence[str]:
+    rows: list[Sequence[object]] = [("PROTO", "LOCAL", "", "REMOTE", "AGE", "EXPIRES", "FLAGS")]
+    for one in found["connections"]:
+        local = _endpoint(one["local"], one["local_port"])
+        remote = _endpoint(one["remote"], one["remote_port"])
+        arrow = "->" if one["origin"] == "out" else "<-"
+        flags = ",".join(one["flags"])
+        rows.append(
+            (one["protocol"], local, arrow, remote, span(one["age_s"]), span(one["expires_s"]), flags)
+        )
+    return table(rows)
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _flush(options: argparse.Namespace) -> int:
+    try:
+        found = json.loads(ask(options, "/v1/ct", "DELETE"))
+    except DaemonError as error:
+        return fail(error)
+    print(f"{found['flushed']} connections forgotten")
+    return 0

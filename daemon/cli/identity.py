@@ -1,0 +1,41 @@
+"""`meshwall identity list|get`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from daemon.cli.client import Json, listing, output_option, printed, table
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the noun."""
+    noun = subparsers.add_parser(
+        "identity", aliases=["identities"], help="security identities and their labels"
+    )
+    verbs = noun.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    many = verbs.add_parser("list", aliases=["ls"], help="all of them, reserved ones first")
+    many.add_argument(
+        "--label", default="", metavar="LABEL", help="only with this label, such as k8s:app=web"
+    )
+    output_option(many)
+    many.set_defaults(run=listing("/v1/identities", _lines, lambda one: {"label": one.label}))
+    single = verbs.add_parser("get", help="one, with its addresses")
+    single.add_argument("identity", metavar="NUMBER|NAME")
+    output_option(single)
+    single.set_defaults(run=lambda one: printed(one, f"/v1/identities/{quote(one.identity, safe='')}", _one))
+
+
+def _lines(found: Json) -> Sequence[str]:
+    rows: list[Sequence[object]] = [("IDENTITY", "SOURCE", "LABELS")]
+    rows += [(one["id"], one["source"], ", ".join(one["labels"])) for one in found["identities"]]
+    return table(rows)
+
+
+def _one(found: Json) -> Sequence[str]:
+    rows: list[Sequence[object]] = [("identity", found["id"]), ("source", found["source"])]
+    rows += [("label", one) for one in found["labels"]]
+    rows += [("address", f"{one['cidr']} ({one['source']})") for one in found["ips"]]
+    return table(rows)
