@@ -97,9 +97,29 @@ def etcd(tmp_path: Path) -> Iterator[Etcd]:
     member.stop()
 
 
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    member = Etcd(tmp_path_factory.mktemp("shared") / "etcd")
+    member.start()
+    yield member
+    member.stop()
+
+
 @pytest.fixture
-async def kv(etcd: Etcd) -> AsyncIterator[EtcdKV]:
-    store = EtcdKV(EtcdSettings((etcd.endpoint,)))
+def live(_shared: Etcd) -> Etcd:
+    """An empty etcd for tests that leave it running: starting one takes half a second."""
+    subprocess.run(
+        ["etcdctl", "--endpoints", _shared.endpoint, "del", "--prefix", ""],
+        check=True, capture_output=True, env={"ETCDCTL_API": "3"},
+    )  # fmt: skip
+    return _shared
+
+
+@pytest.fixture
+async def kv(request: pytest.FixtureRequest) -> AsyncIterator[EtcdKV]:
+    """A client of the test's own `etcd`, or else of the shared one."""
+    member: Etcd = request.getfixturevalue("etcd" if "etcd" in request.fixturenames else "live")
+    store = EtcdKV(EtcdSettings((member.endpoint,)))
     yield store
     await store.close()
 

@@ -42,9 +42,9 @@ async def eventually(condition) -> None:
 
 
 async def test_a_host_is_written_with_configuration_markers_and_heartbeat_all_leased(
-    etcd, kv: EtcdKV
+    live, kv: EtcdKV
 ) -> None:
-    async with publishing(etcd.endpoint) as publisher:
+    async with publishing(live.endpoint) as publisher:
         await eventually(lambda: _ok(publisher))
         keys = {one.key: one for one in (await kv.list("cilium/")).entries}
     assert set(keys) == {
@@ -64,16 +64,16 @@ async def test_a_host_is_written_with_configuration_markers_and_heartbeat_all_le
     assert (entry.identity, entry.host_ip) == (1, "10.0.0.1")
 
 
-async def test_an_address_that_left_the_host_leaves_the_store(etcd, kv: EtcdKV) -> None:
-    async with publishing(etcd.endpoint) as publisher:
+async def test_an_address_that_left_the_host_leaves_the_store(live, kv: EtcdKV) -> None:
+    async with publishing(live.endpoint) as publisher:
         await has(kv, NODE)
         publisher.publish(replace(HOST, addresses=publishable(["10.0.0.1"])))
         await eventually(lambda: _absent(kv, wire.ip_key("fd00::1")))
         assert await kv.get(wire.ip_key("10.0.0.1"))
 
 
-async def test_keys_come_back_after_a_lost_lease_and_after_somebody_deleted_them(etcd, kv: EtcdKV) -> None:
-    async with publishing(etcd.endpoint):
+async def test_keys_come_back_after_a_lost_lease_and_after_somebody_deleted_them(live, kv: EtcdKV) -> None:
+    async with publishing(live.endpoint):
         await has(kv, NODE)
         await kv.delete(NODE)
         await has(kv, NODE)
@@ -98,17 +98,17 @@ async def test_keys_come_back_when_the_store_restarts_empty(etcd, kv: EtcdKV) ->
         await fresh.close()
 
 
-async def test_another_clusters_id_in_the_configuration_stops_us(etcd, kv: EtcdKV) -> None:
+async def test_another_clusters_id_in_the_configuration_stops_us(live, kv: EtcdKV) -> None:
     await kv.put(wire.config_key("alpha"), wire.encode_config(wire.ClusterConfig(7)))
-    async with publishing(etcd.endpoint) as publisher:
+    async with publishing(live.endpoint) as publisher:
         await eventually(lambda: _says(publisher, "cilium/cluster-config/alpha says id 7"))
         assert await kv.get(NODE) is None
 
 
-async def test_an_address_of_somebody_else_is_not_overwritten(etcd, kv: EtcdKV) -> None:
+async def test_an_address_of_somebody_else_is_not_overwritten(live, kv: EtcdKV) -> None:
     theirs = wire.ip_entry("10.0.0.1", 131073, "192.168.5.1")
     await kv.put(wire.ip_key("10.0.0.1"), wire.encode_ip(theirs))
-    async with publishing(etcd.endpoint) as publisher:
+    async with publishing(live.endpoint) as publisher:
         await eventually(lambda: _says(publisher, "held by others"))
         found = await kv.get(wire.ip_key("10.0.0.1"))
         assert found is not None

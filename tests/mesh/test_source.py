@@ -63,13 +63,13 @@ def tables() -> Tables:
 
 
 async def test_the_store_becomes_rows_and_changes_follow_within_a_second(
-    etcd, kv: EtcdKV, tables: Tables
+    live, kv: EtcdKV, tables: Tables
 ) -> None:
     await put_cluster(kv)
     await put_identity(kv, WEB)
     for number in range(1, 51):
         await put_ip(kv, number)
-    async with following(tables, etcd.endpoint):
+    async with following(tables, live.endpoint):
         await until(lambda: tables.ips.synced)
         assert len(tables.ips) == 50
         assert tables.status["mesh:west"].ok
@@ -110,7 +110,7 @@ async def test_deletions_during_an_outage_and_a_compaction_are_not_missed(
     for number in range(1, 11):
         await put_ip(kv, number)
     async with following(tables, etcd.endpoint) as source:
-        await until(lambda: len(tables.ips) == 10)
+        await until(lambda: source.follower.connected and len(tables.ips) == 10)
         etcd.hang()
         await until(lambda: not source.follower.connected)
         etcd.resume()
@@ -127,7 +127,7 @@ async def test_a_store_that_comes_back_empty_takes_nothing_away(etcd, kv: EtcdKV
     for number in range(1, 31):
         await put_ip(kv, number)
     async with following(tables, etcd.endpoint) as source:
-        await until(lambda: len(tables.ips) == 30)
+        await until(lambda: source.follower.connected and len(tables.ips) == 30)
         etcd.stop()
         await until(lambda: not source.follower.connected)
         etcd.wipe()
@@ -137,10 +137,10 @@ async def test_a_store_that_comes_back_empty_takes_nothing_away(etcd, kv: EtcdKV
         assert tables.status["mesh:west"].details["held"] == 31
 
 
-async def test_a_second_endpoint_takes_over(etcd, kv: EtcdKV, tables: Tables) -> None:
+async def test_a_second_endpoint_takes_over(live, kv: EtcdKV, tables: Tables) -> None:
     await put_cluster(kv)
     await put_ip(kv, 1)
-    async with following(tables, "http://127.0.0.1:9", etcd.endpoint):
+    async with following(tables, "http://127.0.0.1:9", live.endpoint):
         await until(lambda: len(tables.ips) == 1)
 
 
@@ -151,7 +151,7 @@ async def test_an_empty_store_of_a_cluster_without_markers_is_held_and_then_beli
     await put_ip(kv, 1)
     async with following(tables, etcd.endpoint) as source:
         source.follower._quarantine_s = 1.0
-        await until(lambda: len(tables.ips) == 1)
+        await until(lambda: source.follower.connected and len(tables.ips) == 1)
         etcd.stop()
         await until(lambda: not source.follower.connected)
         etcd.wipe()
