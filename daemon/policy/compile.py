@@ -274,6 +274,7 @@ class Compiler:
             if requirement.source == CIDR and (prefix := lower.label_prefix(requirement.key)) is not None
         ]
         self._cidrs.name([WORLD4, WORLD6, *self._cidr_keys])
+        self._prefixes, self._group_signatures = self._prefix_groups()
 
     # --- signatures ---------------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ class Compiler:
     def _prefix_groups(self) -> tuple[dict[Prefix, int], list[Signature]]:
         """Every prefix that policy names -> its group, and the selectors of each group."""
         signatures: dict[Signature, int] = {}
-        found = self._cidrs.sweep()
+        found = self._cidrs.sweep()  # masks, replaced by groups in place: there may be a million
         if self._cidr_keys:
             return {
                 prefix: signatures.setdefault(self._prefix_signature(prefix, mask), len(signatures))
@@ -349,7 +350,7 @@ class Compiler:
         """
         universe = self.universe
         of_class = {number: self._class_signature(one) for number, one in universe.live_classes()}
-        prefixes, of_group = self._prefix_groups()
+        prefixes, of_group = self._prefixes, self._group_signatures
         ingress, egress = (_Rows(one) for one in self.directions)
         rows = {
             one: Rows(ingress.at(one), egress.at(one)) for one in sorted({(), *of_class.values(), *of_group})
@@ -398,12 +399,11 @@ class Compiler:
 
     def address_signature(self, address: Prefix) -> Signature:
         """The selectors that an address outside matches: those of its longest named prefix."""
-        masks = self._cidrs.masks or self._cidrs.sweep()
         for length in range(address.length, -1, -1):
             shift = address.width - length
             prefix = Prefix(address.family, address.address >> shift << shift, length)
-            if prefix in masks:
-                return self._prefix_signature(prefix, masks[prefix])
+            if prefix in self._prefixes:
+                return self._group_signatures[self._prefixes[prefix]]
         return ()
 
     def restricting(self, direction: Direction) -> tuple[RuleOrigin, ...]:

@@ -365,9 +365,6 @@ class CidrMatcher:
     selectors: list[int] = field(default_factory=list)  # place of a bit -> selector number
     marks: dict[Prefix, _Marks] = field(default_factory=dict)
     whole: dict[int, int] = field(default_factory=dict)  # family -> bits of /0 without exceptions
-    masks: dict[Prefix, int] = field(
-        default_factory=dict
-    )  # what addresses of each prefix match, after `sweep`
 
     def add(self, number: int, prefixes: Iterable[Prefix], excepts: Iterable[Prefix]) -> None:
         """One selector: addresses in one of `prefixes` and none of `excepts`."""
@@ -395,6 +392,7 @@ class CidrMatcher:
 
         Parents before children.
         """
+        found: dict[Prefix, int] = {}
         stack: list[tuple[Prefix, int, int]] = []
         for prefix in sorted(self.marks):
             while stack and not stack[-1][0].contains(prefix):
@@ -405,8 +403,8 @@ class CidrMatcher:
                 inside |= stack[-1][1]
                 excepted |= stack[-1][2]
             stack.append((prefix, inside, excepted))
-            self.masks[prefix] = inside & ~excepted
-        return self.masks
+            found[prefix] = inside & ~excepted
+        return found
 
     def of_label(self, prefix: Prefix) -> int:
         """What an identity with the label `cidr:<prefix>` matches: prefixes around it.

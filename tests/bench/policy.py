@@ -50,16 +50,16 @@ def identities(count: int) -> dict[Identity, LabelSet]:
 def document(at: int) -> str:
     """One policy; eight shapes in turn: selectors by application, team and account, entities, prefixes, denies."""
     port, first = PORTS[at % len(PORTS)], 20_000 + at % 50 * 100
+    values, not_web = f"app-{at % 997}, app-{at % 991}", "{key: tier, operator: NotIn, values: [web]}"
     peers = (
         f'fromEndpoints: [{{matchLabels: {{app: app-{at % 1000}, "k8s:{NAMESPACE}": ns-{at % 100}}}}}]',
         f"fromEndpoints: [{{matchLabels: {{team: team-{at % 40}}}}}]",
         f"fromEndpoints: [{{matchLabels: {{io.cilium.k8s.policy.serviceaccount: sa-{at % 250}}}}}]",
         f"fromCIDRSet: [{{cidr: 10.{at % 250}.0.0/16, except: [10.{at % 250}.7.0/24]}}]",
-        f"fromEndpoints: [{{matchExpressions: [{{key: app, operator: In, values: [app-{at % 997}, app-{at % 991}]}}]}}]",
+        f"fromEndpoints: [{{matchExpressions: [{{key: app, operator: In, values: [{values}]}}]}}]",
         f"fromCIDR: [192.0.{at % 250}.0/24, 2001:db8:{at:x}::/48]",
         "fromEntities: [remote-node]",
-        "fromEndpoints: [{matchExpressions: [{key: tier, operator: NotIn, values: [web]}], "
-        f"matchLabels: {{app: app-{at % 500}}}}}]",
+        f"fromEndpoints: [{{matchLabels: {{app: app-{at % 500}}}, matchExpressions: [{not_web}]}}]",
     )
     deny = "Deny" if at % 9 == 8 else ""
     return f"""apiVersion: cilium.io/v2

@@ -554,6 +554,17 @@ def test_explain_names_the_verdict_of_the_tables_and_a_rule_that_matches(rnd):
             assert found.restricted_by
 
 
+@quick
+@given(randoms, st.sampled_from(ADDRESSES))
+def test_explain_says_the_same_of_an_address(rnd, address):
+    case = Maker(rnd).case()
+    tables = compiled(case)
+    proto, port = rnd.choice(PACKETS)
+    for way in Direction:
+        found = explain(tables, Query(way, Peer(address=host(address)), PROTOS[proto], port))
+        assert found.word == oracle(case, str(way), {"address": address, "known": True}, proto, port)
+
+
 @settings(quick, max_examples=40)
 @given(randoms)
 def test_no_difference_means_that_no_answer_differs(rnd):
