@@ -1,0 +1,186 @@
+"""Tracked connections: list, flush, and import of those that exist when enforcement begins."""
+
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpf.features import Ticks
+from bpf.layout import (
+    CT4_KEY,
+    CT6_KEY,
+    CT_ENTRY,
+    CT_ORIGIN_IN,
+    CT_ORIGIN_OUT,
+    LAYOUT_VERSION,
+    RULE_DEFAULT_ALLOW,
+    CtFlag,
+    Sizes,
+    maps,
+)
+from bpf.syscall import PinnedMap
+from daemon.model.net import Proto, packed_prefix
+
+INITIAL_JIFFIES_S = 300  # the kernel's jiffies begin this long before 2^32, so that overflows are found early
+SEED_LIFE_S = 8000  # as long as an established connection
+TCP_LISTEN = 10
+_STATES = {1: True, 2: False, 4: True, 5: True, 8: True, 9: True, 11: True}  # /proc/net/tcp state -> answered
+
+
+@dataclass(frozen=True, slots=True)
+class CtRow:
+    """One tracked connection. Times in seconds; `expires_s` is negative for what the next packet would not find."""
+
+    family: int
+    proto: int
+    local: str
+    local_port: int
+    remote: str
+    remote_port: int
+    origin: str  # `out`: this host opened it
+    flags: CtFlag
+    rule: int
+    age_s: float
+    expires_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A connected socket of this host; addresses in wire order."""
+
+    proto: Proto
+    local: bytes
+    local_port: int
+    remote: bytes
+    remote_port: int
+    answered: bool
+
+
+class Conntrack:
+    """The pinned connection tables of one pin directory."""
+
+    def __init__(self, pins: Path, sizes: Sizes) -> None:
+        shapes = maps(sizes)
+        home = pins / f"v{LAYOUT_VERSION}" / "maps"
+        self._tables = {4: PinnedMap.open(home / "ct4", shapes["ct4"])}
+        self._tables[6] = PinnedMap.open(home / "ct6", shapes["ct6"])
+
+    def close(self) -> None:
+        """Give up the descriptors."""
+        for table in self._tables.values():
+            table.close()
+
+    def __enter__(self) -> "Conntrack":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def entries(self) -> Iterator[CtRow]:
+        """Every entry that has not expired, as the tables are read."""
+        ticks = Ticks()
+        try:
+            hz = ticks.measure_hz()
+            for family, table in self._tables.items():
+                for key, value in table.items():
+                    row = _row(family, key, value, ticks.until, hz)
+                    if row.expires_s >= 0:
+                        yield row
+        finally:
+            ticks.close()
+
+    def flush(self) -> int:
+        """Forget every connection; returns how many there were. Replies to open connections are then judged anew."""
+        count = 0
+        for table in self._tables.values():
+            keys = [key for key, _ in table.items()]
+            table.delete_batch(b"".join(keys), len(keys))
+            count += len(keys)
+        return count
+
+    def seed(self, sockets: Sequence[Socket], listening: frozenset[tuple[Proto, int]]) -> int:
+        """Enter connections that exist already, so that their replies pass; what is there stays. Returns the number."""
+        ticks = Ticks()
+        try:
+            hz, low = ticks.measure_hz(), ticks.now()
+        finally:
+            ticks.close()
+        estimate = (1 << 32) - INITIAL_JIFFIES_S * hz + int(time.clock_gettime(time.CLOCK_MONOTONIC) * hz)
+        now = low + (estimate - low + (1 << 31) >> 32 << 32)
+        done = 0
+        for one in sockets:
+            origin = CT_ORIGIN_IN if (one.proto, one.local_port) in listening else CT_ORIGIN_OUT
+            key = _key(one, origin)
+            table = self._tables[4 if len(one.local) == 4 else 6]
+            if table.lookup(key) is None:
+                flags = CtFlag.SEEDED | (CtFlag.SEEN_REPLY if one.answered else CtFlag(0))
+                table.update(
+                    key,
+                    CT_ENTRY.pack(
+                        expires=now + SEED_LIFE_S * hz, created=now, rule=RULE_DEFAULT_ALLOW, flags=flags
+                    ),
+                )
+                done += 1
+        return done
+
+
+def sockets(proc: Path = Path("/proc/net")) -> tuple[list[Socket], frozenset[tuple[Proto, int]]]:
+    """The connected TCP and UDP sockets of this network namespace, and the ports that listen."""
+    found: list[Socket] = []
+    listening: set[tuple[Proto, int]] = set()
+    for name, proto in (("tcp", Proto.TCP), ("tcp6", Proto.TCP), ("udp", Proto.UDP), ("udp6", Proto.UDP)):
+        path = proc / name
+        if not path.exists():
+            continue
+        for line in path.read_text(encoding="ascii").splitlines()[1:]:
+            fields = line.split()
+            local, local_port = _endpoint(fields[1])
+            remote, remote_port = _endpoint(fields[2])
+            state = int(fields[3], 16)
+            if (proto is Proto.TCP and state == TCP_LISTEN) or (proto is Proto.UDP and not remote_port):
+                listening.add((proto, local_port))
+            elif proto is Proto.UDP or state in _STATES:
+                answered = proto is Proto.UDP or _STATES[state]
+                found.append(Socket(proto, local, local_port, remote, remote_port, answered))
+    return found, frozenset(listening)
+
+
+def _endpoint(text: str) -> tuple[bytes, int]:
+    """An address as /proc/net prints it: 32 bit words in host order; mapped IPv4 becomes IPv4."""
+    address, _, port = text.partition(":")
+    raw = b"".join(struct.pack(">I", int(address[at : at + 8], 16)) for at in range(0, len(address), 8))
+    words = b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4))
+    mapped = len(words) == 16 and words[:12] == bytes(10) + b"\xff\xff"
+    return (words[12:] if mapped else words), int(port, 16)
+
+
+def _key(one: Socket, origin: int) -> bytes:
+    ports = {
+        "local_port_be": one.local_port.to_bytes(2, "big"),
+        "remote_port_be": one.remote_port.to_bytes(2, "big"),
+        "proto": int(one.proto),
+        "origin": origin,
+    }
+    if len(one.local) == 4:
+        return CT4_KEY.pack(local_be=one.local, remote_be=one.remote, **ports)
+    return CT6_KEY.pack(local=one.local, remote=one.remote, **ports)
+
+
+def _row(family: int, key: bytes, value: bytes, until: Callable[[int], int], hz: int) -> CtRow:
+    width = 4 if family == 4 else 16
+    local, remote, ports = key[:width], key[width : 2 * width], key[2 * width :]
+    expires, created, rule, flags = struct.unpack(CT_ENTRY.format, value)
+    return CtRow(
+        family,
+        ports[4],
+        str(packed_prefix(local)),
+        int.from_bytes(ports[0:2], "big"),
+        str(packed_prefix(remote)),
+        int.from_bytes(ports[2:4], "big"),
+        "out" if ports[5] == CT_ORIGIN_OUT else "in",
+        CtFlag(flags),
+        rule,
+        -until(created) / hz,
+        until(expires) / hz,
+    )

@@ -1,0 +1,237 @@
+"""Whatever store of a change was the last one made, a packet gets the old verdict or the new one."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpf.layout import sized
+from daemon.datapath.image import Image
+from daemon.datapath.ops import TableFull
+from daemon.model.identity import Identity, Reserved, reserved_labels
+from daemon.model.labels import parse_labels
+from daemon.model.net import Direction, Prefix, parse_prefix
+from daemon.model.verdict import Verdict, unpack_cell
+from daemon.policy.ccnp import parse_documents
+from daemon.policy.compile import Compiled, CompileSettings, Subject, add_identities, compile_policy
+
+_spec = importlib.util.spec_from_file_location("kernel_model", Path(__file__).with_name("kernel.py"))
+assert _spec is not None
+assert _spec.loader is not None
+kernel_model = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kernel_model)
+Kernel = kernel_model.Kernel
+
+SIZES = sized(slots=256, cells=4096, rules=512, ip4_blocks=512, hosts=256, prefixes6=256)
+HOST = Subject(Identity(1), parse_labels(["reserved:host", "k8s:zone=a"]))
+WEB, DB, NEW = Identity(70001), Identity(70002), Identity(70003)
+LABELS = {
+    WEB: parse_labels(["k8s:app=web", "k8s:io.kubernetes.pod.namespace=prod"]),
+    DB: parse_labels(["k8s:app=db", "k8s:io.kubernetes.pod.namespace=prod"]),
+    NEW: parse_labels(["k8s:app=new", "k8s:io.kubernetes.pod.namespace=prod"]),
+}
+RESERVED = {Identity(one): reserved_labels(Identity(one)) for one in Reserved if one}
+CIDRS = [
+    "10.0.0.0/8",
+    "10.1.0.0/16",
+    "10.1.2.0/24",
+    "10.1.2.3/32",
+    "10.1.2.128/25",
+    "0.0.0.0/0",
+    "192.0.2.0/28",
+]
+CIDRS6 = [
+    "2001:db8::/32",
+    "2001:db8:1::/64",
+    "2001:db8:1::/96",
+    "2001:db8:1::5/128",
+    "::/0",
+    "2001:db8:1:2::/64",
+]
+OWNED = {
+    parse_prefix("10.1.2.3"): WEB, parse_prefix("10.9.9.9"): DB, parse_prefix("2001:db8:1::7"): WEB,
+    parse_prefix("192.0.2.1"): Identity(1), parse_prefix("10.1.3.0/24"): DB, parse_prefix("2001:db8:1::/64"): DB,
+}  # fmt: skip
+PROBES = [
+    parse_prefix(one)
+    for one in (
+        "10.0.0.1", "10.1.0.1", "10.1.2.1", "10.1.2.3", "10.1.2.200", "10.1.3.4", "10.9.9.9", "8.8.8.8", "192.0.2.1",
+        "192.0.2.5", "192.0.2.77", "2001:db8::1", "2001:db8:1::5", "2001:db8:1::7", "2001:db8:1:0:1::1", "2a00::1",
+        "2001:db8:1:2::9",
+    )
+]  # fmt: skip
+PORTS = [(6, 443), (17, 25), (47, -1)]
+
+
+def rules() -> st.SearchStrategy[dict[str, object]]:
+    peer = st.one_of(
+        st.lists(st.sampled_from(CIDRS + CIDRS6), min_size=1, max_size=3, unique=True).map(
+            lambda c: {"fromCIDR": c}
+        ),
+        st.sampled_from(["web", "db", "new"]).map(
+            lambda app: {"fromEndpoints": [{"matchLabels": {"app": app}}]}
+        ),
+        st.sampled_from(["world", "host", "all"]).map(lambda entity: {"fromEntities": [entity]}),
+    )
+    ports = st.sampled_from(
+        [{}, {"toPorts": [{"ports": [{"port": "443", "protocol": "TCP"}]}]},
+         {"toPorts": [{"ports": [{"port": "20", "endPort": 30, "protocol": "ANY"}]}]}]
+    )  # fmt: skip
+    return st.builds(lambda one, two: {**one, **two}, peer, ports)
+
+
+def documents() -> st.SearchStrategy[list[dict[str, object]]]:
+    return st.lists(
+        st.fixed_dictionaries({"ingress": st.lists(rules(), min_size=1, max_size=3)},
+                              optional={"ingressDeny": st.lists(rules(), min_size=1, max_size=2)}),
+        max_size=3,
+    )  # fmt: skip
+
+
+def compiled(specs: list[dict[str, object]], previous: Compiled | None = None) -> Compiled:
+    import json
+
+    text = "\n---\n".join(
+        json.dumps({"apiVersion": "cilium.io/v2", "kind": "CiliumClusterwideNetworkPolicy",
+                    "metadata": {"name": f"p{at}"}, "spec": {"nodeSelector": {}, **spec}})
+        for at, spec in enumerate(specs)
+    )  # fmt: skip
+    parsed = parse_documents(text, "test.yaml")
+    assert not parsed.problems, parsed.problems
+    known = RESERVED | {WEB: LABELS[WEB], DB: LABELS[DB]} | {HOST.identity: HOST.labels}
+    return compile_policy(parsed.policies, {}, HOST, known, CompileSettings(), previous=previous)
+
+
+def meaning(
+    tables: Compiled, owned: dict[Prefix, Identity | None], peer: Prefix, proto: int, port: int
+) -> Verdict | None:
+    """The verdict by the tables themselves: longest prefix of who owns what and of what policy names."""
+    if not tables.ingress.enforced:
+        return None
+    rows = tables.rows_of_address(peer)
+    best = max((one for one in tables.prefixes if one.contains(peer)), key=lambda one: one.length)
+    owners = [one for one in owned if one.contains(peer) and one.length >= best.length]
+    if owners:
+        who = owned[max(owners, key=lambda one: one.length)]
+        rows = tables.unknown if who is None else tables.rows_of(who)
+    return unpack_cell(tables.ingress.cell(rows.ingress, proto, port))[0]
+
+
+def everything(
+    tables: Compiled, owned: dict[Prefix, Identity | None]
+) -> dict[tuple[Prefix, int, int], Verdict | None]:
+    return {(peer, *one): meaning(tables, owned, peer, *one) for peer in PROBES for one in PORTS}
+
+
+def read(kernel: Kernel, generation: int) -> dict[tuple[Prefix, int, int], Verdict | None]:
+    return {
+        (peer, *one): kernel.verdict(generation, Direction.INGRESS, peer, *one)
+        for peer in PROBES
+        for one in PORTS
+    }
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(documents(), min_size=2, max_size=4))
+def test_every_store_of_a_policy_switch_leaves_the_old_verdicts_or_the_new_ones(history):
+    kernel, image = Kernel(SIZES), Image(SIZES)
+    kernel.run(image.claim(OWNED, ()))
+    before: dict[tuple[Prefix, int, int], Verdict | None] | None = None
+    for specs in history:
+        tables = compiled(specs)
+        after = everything(tables, dict(OWNED))
+        generation = image.generation
+        for op in image.switch(tables):
+            kernel.make(op)
+            flipped = kernel.config("generation") != generation
+            if flipped:
+                assert read(kernel, generation + 1) == after
+            elif before is not None:
+                assert read(kernel, generation) == before
+        before = after
+    assert image.addresses.slots.keys() <= {*OWNED, *tables.prefixes}
+
+
+@settings(max_examples=20, deadline=None)
+@given(documents(), st.lists(st.tuples(st.sampled_from(PROBES + [parse_prefix(c) for c in CIDRS[1:3]]),
+                                       st.sampled_from([WEB, DB, None, "gone"])), max_size=12))  # fmt: skip
+def test_addresses_that_come_move_and_go_get_the_verdicts_of_their_owner(specs, moves):
+    kernel, image = Kernel(SIZES), Image(SIZES)
+    owned: dict[Prefix, Identity | None] = dict(OWNED)
+    kernel.run(image.claim(owned, ()))
+    tables = compiled(specs)
+    kernel.run(image.switch(tables))
+    for prefix, who in moves:
+        before = everything(tables, owned)
+        if who == "gone":
+            owned.pop(prefix, None)
+            ops = image.claim({}, [prefix])
+        else:
+            owned[prefix] = who
+            ops = image.claim({prefix: who}, [])
+        after = everything(tables, owned)
+        for op in ops:
+            kernel.make(op)
+            now = read(kernel, image.generation)
+            assert all(now[one] in (before[one], after[one]) for one in now)
+        assert read(kernel, image.generation) == after
+
+
+@settings(max_examples=15, deadline=None)
+@given(documents(), documents())
+def test_a_new_process_takes_over_what_the_old_one_left(first, second):
+    kernel, image = Kernel(SIZES), Image(SIZES)
+    kernel.run(image.claim(OWNED, ()))
+    tables = compiled(first)
+    kernel.run(image.switch(tables))
+    before = everything(tables, dict(OWNED))
+    heir = Image(SIZES)
+    heir.adopt(kernel_model.leftover(kernel))
+    after = everything(compiled(second), dict(OWNED))
+    claims = heir.claim(OWNED, [one for one in heir.managed if one not in OWNED])
+    for op in claims:
+        kernel.make(op)
+        assert read(kernel, image.generation) == before
+    for op in heir.switch(compiled(second)):
+        kernel.make(op)
+        now = kernel.config("generation")
+        assert read(kernel, now) == (before if now == image.generation else after)
+
+
+def test_an_identity_that_appears_needs_no_switch():
+    kernel, image = Kernel(SIZES), Image(SIZES)
+    address = parse_prefix("10.20.0.1")
+    tables = compiled([{"ingress": [{"fromEndpoints": [{"matchLabels": {"app": "new"}}]}]}])
+    kernel.run(image.switch(tables))
+    kernel.run(image.claim({address: NEW}, ()))
+    generation = image.generation
+    assert kernel.verdict(generation, Direction.INGRESS, address, 6, 443) is Verdict.DEFAULT_DENY
+    ops = image.identities(add_identities(tables, {NEW: LABELS[NEW]}, ()), [NEW])
+    assert ops is not None
+    kernel.run(ops)
+    assert image.generation == generation
+    assert kernel.verdict(generation, Direction.INGRESS, address, 6, 443) is Verdict.ALLOW
+
+
+def test_a_policy_that_does_not_fit_is_refused_whole():
+    image, kernel = Image(sized(slots=256, cells=64, ip4_blocks=512)), Kernel(SIZES)
+    image.switch(compiled([{"ingress": [{"fromCIDR": ["10.0.0.0/8"]}]}]))
+    many = [{"ingress": [{"fromCIDR": [f"10.{at}.0.0/16"], "toPorts": [{"ports": [{"port": str(at + 1)}]}]}
+                         for at in range(40)]}]  # fmt: skip
+    generation, slots = image.generation, dict(image.addresses.slots)
+    with pytest.raises(TableFull, match=r"cells: \d+ entries needed"):
+        image.switch(compiled(many))
+    assert (image.generation, image.addresses.slots) == (generation, slots)
+    assert kernel.config("generation") == 0
+
+
+def test_unchanged_rules_keep_their_numbers():
+    image = Image(SIZES)
+    one = {"ingress": [{"fromCIDR": ["10.0.0.0/8"]}]}
+    two = {"ingress": [{"fromCIDR": ["192.0.2.0/28"]}]}
+    image.switch(compiled([one, two]))
+    before = dict(image.numbers)
+    image.switch(compiled([one, two, one]))
+    assert {key: image.numbers[key] for key in before} == before
