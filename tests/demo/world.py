@@ -194,14 +194,23 @@ def wait_for(what: str, process: str, ready: Callable[[], bool], patience_s: flo
 # --- the whole
 
 
-def lock() -> IO[str]:
-    """One demo at a time; keep the result as long as the demo runs."""
+def lock(patience_s: float = 120.0) -> IO[str]:
+    """One demo at a time, the next one waits; keep the result as long as the demo runs."""
     handle = LOCK.open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise DemoError("another ./dev demo is running on this machine") from None
-    return handle
+    deadline = time.monotonic() + patience_s
+    told = False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise DemoError("another ./dev demo is running on this machine") from None
+        else:
+            return handle
+        if not told:
+            print("another ./dev demo is running on this machine: waiting for its end", file=sys.stderr)
+            told = True
+        time.sleep(0.2)
 
 
 def leftovers() -> bool:
