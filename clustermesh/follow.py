@@ -187,8 +187,8 @@ class Follower:
             self._before = self.store, self.revision
 
     def _lost(self, reason: str) -> None:
-        if reason != self.error:
-            log.warning("%s: lost, the last state stays in force: %s", self._name, reason)
+        if not self.error:
+            log.warning("%s: out of reach, the last state stays in force: %s", self._name, reason)
         self._remember()
         self.error = reason
         self.connected = False
