@@ -3,12 +3,15 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bpf import attach, clsact, features, layout
+from bpf import attach, clsact, features, frames, layout
 from bpf.attach import XdpMode
 from bpf.features import MissingFeatureError, instruction, returns
 from bpf.layout import (
@@ -60,6 +63,8 @@ SIZES = json.dumps({name: getattr(SMALL, name) for name in SMALL.__dataclass_fie
 US, PEER_ADDRESS = "192.0.2.1", "192.0.2.2"
 DEVICE, PEER_DEVICE = "mwus", "mwpeer"
 ALLOWED, DENIED = 7000, 7001
+SIOCGIFHWADDR = 0x8927
+SOL_PACKET, PACKET_VNET_HDR, VNET_HEADER = 263, 15, 10
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -139,12 +144,12 @@ class Cable:
         return PinnedMap.open(attach.home(self.pins) / "maps" / name, layout.maps(SMALL)[name])
 
     def allow_one_port(self) -> None:
-        """Ingress policy for everybody: UDP to ALLOWED passes, all else is denied."""
-        columns = bytearray(PORT_COLUMNS.size)
-        index = layout.PORTS_UDP + ALLOWED
-        columns[index % PORT_BLOCK * 2] = 1
+        """Ingress policy for everybody: UDP and TCP to ALLOWED pass, all else is denied."""
         with self.map("port_class") as ports:
-            ports.update(2 * PORT_BLOCKS + index // PORT_BLOCK, bytes(columns))
+            for index in (layout.PORTS_UDP + ALLOWED, layout.PORTS_TCP + ALLOWED):
+                columns = bytearray(PORT_COLUMNS.size)
+                columns[index % PORT_BLOCK * 2] = 1
+                ports.update(2 * PORT_BLOCKS + index // PORT_BLOCK, bytes(columns))
         with self.map("cells") as cells:
             cells.update(
                 0, CELLS.pack(cell=(0).to_bytes(4, "little") + (1 << 28 | 16).to_bytes(4, sys.byteorder))
@@ -178,6 +183,11 @@ class Cable:
             client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             client.bind((PEER_ADDRESS, 0))
         return client
+
+
+def mac_of(device: str) -> bytes:
+    with socket.socket() as handle:
+        return fcntl.ioctl(handle, SIOCGIFHWADDR, struct.pack("16s24x", device.encode()))[18:24]
 
 
 def waiting(server: socket.socket) -> int:
@@ -329,6 +339,80 @@ def test_fragments_of_a_datagram_are_judged_by_its_ports(cable: Cable) -> None:
         client.sendto(bytes(8000), (US, DENIED))
         assert (waiting(allowed), waiting(denied)) == (1, 0)
     assert cable.counted(Reason.FRAG_DENIED) >= 1
+
+
+def raw_udp(cable: Cable, port: int, payload: bytes, *, tag: int | None = None, linear: bool = True) -> None:
+    """Send a datagram as a frame; not linear: the receiver finds 14 bytes in the buffer's head, the rest in pages."""
+    with inside(cable.us):
+        mac = mac_of(DEVICE)
+    frame = bytearray(
+        frames.ip(
+            PEER_ADDRESS,
+            US,
+            17,
+            frames.udp_datagram(5000, port, payload),
+            mac=mac,
+            vlans=() if tag is None else (tag,),
+        )
+    )
+    at = 14 if tag is None else 18
+    total = sum(int.from_bytes(frame[at + word : at + word + 2], "big") for word in range(0, 20, 2))
+    frame[at + 10 : at + 12] = (~((total & 0xFFFF) + (total >> 16)) & 0xFFFF).to_bytes(2, "big")
+    with inside(cable.peer):
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        wire.bind((PEER_DEVICE, 0))
+    with wire:
+        if not linear:
+            wire.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        wire.send((b"" if linear else bytes(VNET_HEADER)) + frame)
+
+
+@pytest.mark.parametrize("mode", [XdpMode.NATIVE, XdpMode.GENERIC, XdpMode.OFF])
+def test_a_priority_tag_does_not_carry_packets_past_policy(cable: Cable, mode: XdpMode) -> None:
+    cable.attach(mode)
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied:
+        raw_udp(cable, ALLOWED, b"x", tag=0)
+        raw_udp(cable, DENIED, b"x", tag=0)
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+
+
+@pytest.mark.parametrize("mode", [XdpMode.NATIVE, XdpMode.OFF])
+def test_headers_outside_the_head_of_the_buffer_are_fetched(cable: Cable, mode: XdpMode) -> None:
+    set_mtu(cable, 9000)
+    cable.attach(mode)
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied:
+        raw_udp(cable, ALLOWED, bytes(6000), linear=False)
+        raw_udp(cable, DENIED, bytes(6000), linear=False)
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+    set_mtu(cable, 1500)
+
+
+@pytest.mark.parametrize("mode", [XdpMode.NATIVE, XdpMode.OFF])
+def test_tcp_flows_both_ways_through_offloads(cable: Cable, mode: XdpMode) -> None:
+    cable.attach(mode)
+    for server_in, client_in, address in ((cable.us, cable.peer, US), (cable.peer, cable.us, PEER_ADDRESS)):
+        with inside(server_in):
+            server = socket.create_server((address, ALLOWED))
+        with inside(client_in):
+            client = socket.create_connection((address, ALLOWED), timeout=3)
+        taken, _ = server.accept()
+        with server, client, taken:
+            for sender, receiver in ((client, taken), (taken, client)):
+                sent = threading.Thread(target=sender.sendall, args=(bytes(4_000_000),))
+                sent.start()
+                left = 4_000_000
+                receiver.settimeout(3)
+                while left:
+                    left -= len(receiver.recv(1 << 20))
+                sent.join()
+
+
+def test_a_denied_tcp_connection_is_never_accepted(cable: Cable) -> None:
+    cable.attach(XdpMode.NATIVE)
+    with inside(cable.us):
+        server = socket.create_server((US, DENIED))
+    with server, inside(cable.peer), pytest.raises(TimeoutError):
+        socket.create_connection((US, DENIED), timeout=0.5)
 
 
 def test_clsact_filters_give_the_same_verdicts(cable: Cable) -> None:

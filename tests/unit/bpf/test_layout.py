@@ -60,5 +60,13 @@ def test_every_drop_reason_of_the_parser_is_reachable_in_the_c() -> None:
     assert unused == {"FRAG_TABLE_FULL"}, "an LRU table evicts instead"
 
 
+def test_the_documentation_explains_every_reason_under_its_number() -> None:
+    text = (Path(layout.__file__).parents[1] / "docs" / "datapath.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| ([A-Z0-9_]+) \|", text, re.MULTILINE))
+    assert {int(number): name for number, name in rows.items()} == {
+        int(reason): reason.name for reason in Reason
+    }
+
+
 def test_sizes_can_be_changed_by_name() -> None:
     assert layout.maps(layout.sized(hosts=10))["ip4_hosts"].max_entries == 10
