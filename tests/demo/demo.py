@@ -422,7 +422,7 @@ def main() -> int:
     what.add_argument("--keep", action="store_true", help="leave it up and print commands to try")
     what.add_argument("--down", action="store_true", help="remove what an earlier demo left")
     arguments = parser.parse_args()
-    for one in (signal.SIGTERM, signal.SIGHUP):
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: it may be ignored by inheritance
         signal.signal(one, interrupted)
     try:
         with world.lock():
