@@ -16,6 +16,7 @@ from bpf import clsact
 from bpf.features import has_tcx
 from bpf.layout import LAYOUT_VERSION
 from bpf.syscall import (
+    BPF_F_BEFORE,
     XDP_GENERIC,
     XDP_NATIVE,
     AttachType,
@@ -143,8 +144,9 @@ def _attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str]:
 def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
     """Put the pinned programs on a device. OSError names the hook; TCX that was attached before stays."""
     if has_tcx():
-        _put(pins, ifindex, INGRESS)
-        _put(pins, ifindex, EGRESS)
+        # first in the chain: a program in front of ours could accept a packet that we never see
+        _put(pins, ifindex, INGRESS, BPF_F_BEFORE)
+        _put(pins, ifindex, EGRESS, BPF_F_BEFORE)
         by = "tcx"
     else:
         with (

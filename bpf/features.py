@@ -1,7 +1,9 @@
 """What this kernel offers, found by trying: vendors backport, so the version string tells nothing."""
 
+import contextlib
 import errno
 import os
+import resource
 import struct
 import time
 from dataclasses import dataclass
@@ -106,6 +108,8 @@ def _loads(kind: ProgType, code: bytes, flags: int = 0) -> bool:
 
 def probe() -> Features:
     """Try everything once. PermissionError without privileges, MissingFeatureError naming what is missing."""
+    with contextlib.suppress(OSError, ValueError):  # before Linux 5.11 maps count as locked memory
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     try:
         os.close(prog_load(ProgType.SCHED_CLS, "mw_probe", returns(0)))
     except OSError as error:

@@ -61,6 +61,7 @@ SMALL = layout.sized(
 )
 SIZES = json.dumps({name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__})
 US, PEER_ADDRESS = "192.0.2.1", "192.0.2.2"
+US6, PEER6 = "2001:db8::1", "2001:db8::2"
 DEVICE, PEER_DEVICE = "mwus", "mwpeer"
 ALLOWED, DENIED = 7000, 7001
 SIOCGIFHWADDR = 0x8927
@@ -83,6 +84,10 @@ def inside(namespace: str) -> Iterator[None]:
         _libc.setns(before, 0)
         os.close(there)
         os.close(before)
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,10 @@ class Cable:
                 0, CELLS.pack(cell=(0).to_bytes(4, "little") + (1 << 28 | 16).to_bytes(4, sys.byteorder))
             )
         with self.map("class_of") as classes:
-            classes.update(SMALL.slots, ROWS.pack())
+            classes.update(SMALL.slots + layout.SLOT_WORLD4, ROWS.pack())
+            classes.update(SMALL.slots + layout.SLOT_WORLD6, ROWS.pack())
+        with self.map("ip6_hosts") as hosts:
+            hosts.update(socket.inet_pton(socket.AF_INET6, US6), PEER.pack(slot=layout.SLOT_HOST))
         with self.map("ip4_hosts") as hosts, self.map("ip4_blocks") as blocks:
             hosts.update(socket.inet_aton(US), PEER.pack(slot=layout.SLOT_HOST))
             root = bytearray(layout.BLOCK.size)
@@ -170,18 +178,18 @@ class Cable:
         with self.map("reasons") as reasons:
             return sum(int(str(HITS.unpack(raw)["packets"])) for raw in reasons.lookup_percpu(reason))
 
-    def listen(self, port: int) -> socket.socket:
+    def listen(self, port: int, address: str = US) -> socket.socket:
         with inside(self.us):
-            server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            server = socket.socket(family_of(address), socket.SOCK_DGRAM)
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-            server.bind((US, port))
+            server.bind((address, port))
         server.setblocking(False)
         return server
 
-    def client(self) -> socket.socket:
+    def client(self, address: str = PEER_ADDRESS) -> socket.socket:
         with inside(self.peer):
-            client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            client.bind((PEER_ADDRESS, 0))
+            client = socket.socket(family_of(address), socket.SOCK_DGRAM)
+            client.bind((address, 0))
         return client
 
 
@@ -320,6 +328,38 @@ def test_programs_of_others_on_tcx_keep_running_after_our_accept(cable: Cable) -
 def set_mtu(cable: Cable, mtu: int) -> None:
     ip("-n", cable.us, "link", "set", DEVICE, "mtu", str(mtu))
     ip("-n", cable.peer, "link", "set", PEER_DEVICE, "mtu", str(mtu))
+
+
+def test_a_program_that_accepts_everything_does_not_come_before_ours(cable: Cable) -> None:
+    foreign = prog_load(ProgType.SCHED_CLS, "foreign", returns(0))
+    with inside(cable.us):
+        link = link_create(foreign, cable.ifindex, AttachType.TCX_INGRESS)
+    cable.attach(XdpMode.OFF)
+    with cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(b"x", (US, DENIED))
+        assert waiting(denied) == 0
+    os.close(link)
+    os.close(foreign)
+
+
+@pytest.mark.parametrize("mode", [XdpMode.NATIVE, XdpMode.OFF])
+def test_ipv6_finds_its_neighbours_while_everything_else_is_denied(cable: Cable, mode: XdpMode) -> None:
+    cable.attach(mode)
+    addresses = ((cable.us, DEVICE, US6), (cable.peer, PEER_DEVICE, PEER6))
+    for namespace, device, address in addresses:
+        ip("-n", namespace, "addr", "add", f"{address}/64", "dev", device, "nodad")
+    try:
+        with (
+            cable.listen(ALLOWED, US6) as allowed,
+            cable.listen(DENIED, US6) as denied,
+            cable.client(PEER6) as client,
+        ):
+            client.sendto(b"x", (US6, ALLOWED))
+            client.sendto(b"x", (US6, DENIED))
+            assert (waiting(allowed), waiting(denied)) == (1, 0)
+    finally:
+        for namespace, device, address in addresses:
+            ip("-n", namespace, "addr", "del", f"{address}/64", "dev", device)
 
 
 def test_native_xdp_works_on_jumbo_frames(cable: Cable) -> None:
