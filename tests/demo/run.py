@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,12 +56,15 @@ In another terminal:
 
 
 def unknown(devices: list[str]) -> list[str]:
-    return [name for name in devices if not Path("/sys/class/net", name).exists()]
+    present = {name for _, name in socket.if_nameindex()}  # /sys may show another network namespace
+    return [name for name in devices if name not in present]
 
 
 def clean_up() -> None:
     """Detach everything, with or without a daemon, and forget the directories."""
-    subprocess.run([BIN / "meshwall", "cleanup", "--pins", BASE / "bpf"], check=False)
+    subprocess.run(
+        [BIN / "meshwall", "cleanup", "--yes", "--pins", BASE / "bpf"], stdout=subprocess.DEVNULL, check=False
+    )
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()[::-1]:
         if line.split()[1].startswith(f"{BASE}/"):
             subprocess.run(["umount", line.split()[1]], check=False)

@@ -111,7 +111,9 @@ main() {
     printf 'fresh_root: %s, %s packages, %s: %s\n' "$suite" \
         "$(grep -c '^Package:' "$root/var/lib/dpkg/status")" "$(git log -1 --format='commit %h')" "$*" >&2
     unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
-        "$0" --inside "$root" "$@" 9>&- || status=$?
+        "$0" --inside "$root" "$@" 9>&- </dev/null &
+    trap "kill $! 2>/dev/null; exit 143" INT TERM HUP
+    wait $! || status=$?
     printf 'fresh_root: exit status %d after %d s\n' "$status" "$SECONDS" >&2
     return "$status"
 }
