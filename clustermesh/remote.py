@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from clustermesh import wire
 from clustermesh.gojson import Malformed
 from clustermesh.kv import Entry, Event
-from clustermesh.trust import Trust, cidr_text, node_claims
+from clustermesh.trust import REMOTE_NODE, Trust, cidr_text, node_claims
 from clustermesh.wire import Cidr, ClusterConfig, Node
 
 Item = TypeVar("Item")
@@ -266,9 +266,9 @@ class Mesh:
             yield from self._chunked(gone, lambda key, part=part: self._delete(part, key))  # type: ignore[misc]
         yield from self._statuses()
 
-    def protect(self, addresses: Iterable[Cidr]) -> None:
-        """From now on these are this host's addresses, for which no cluster may speak."""
-        self.trust = replace(self.trust, own_addresses=frozenset(addresses))
+    def protect(self, node: str, addresses: Iterable[Cidr]) -> None:
+        """From now on these are this host's name and addresses, for which no cluster may speak."""
+        self.trust = replace(self.trust, own_node=node, own_addresses=frozenset(addresses))
 
     def counts(self, remote: Remote) -> dict[str, int]:
         """How much there is of a cluster, and what is not in force."""
@@ -416,7 +416,9 @@ class Mesh:
 
     def _forget(self, remote: Remote) -> list[Change]:
         changes: list[Change] = [NodeDeleted(remote.name, name) for name in remote.nodes]
-        changes += [IpDeleted(remote.name, cidr) for cidr in remote.claims]
+        changes += [
+            IpDeleted(remote.name, cidr) for cidr, claims in remote.claims.items() if _in_force(claims)
+        ]
         changes += [IdentityDeleted(remote.name, number) for number in remote.identities]
         for book in self._books.values():
             for keys in (book.owner, book.gone):
@@ -494,11 +496,12 @@ class Mesh:
             remote.claims[cidr] = after
         else:
             remote.claims.pop(cidr, None)
-        if before[:1] == after[:1]:
+        old, new = _in_force(before), _in_force(after)
+        if old == new:
             return []
-        if not after:
+        if new is None:
             return [IpDeleted(remote.name, cidr)]
-        _, identity, name, namespace, node = after[0]
+        _, identity, name, namespace, node = new
         return [IpUpserted(remote.name, cidr, identity, name, namespace, node)]
 
     def _node(self, part: Part, key: str, rest: str, value: bytes) -> Iterable[Change]:
@@ -512,31 +515,42 @@ class Mesh:
             return changes
         changes += self._node_addresses(remote, before, node)
         remote.nodes[node_name] = node
-        changes.append(NodeUpserted(remote.name, node))
+        changes.append(NodeUpserted(remote.name, self._believed(remote, node)))
         return changes
+
+    def _believed(self, remote: Remote, node: Node) -> Node:
+        """A node with those of its addresses that its cluster may speak for; this host's own node is left whole."""
+        if remote.name == self.trust.own_cluster and node.name == self.trust.own_node:
+            return node
+        kept = tuple(
+            one for one in node.addresses or () if one.ip and wire.parse_cidr(one.ip) in remote.claims
+        )
+        return replace(node, addresses=kept)
 
     def _node_addresses(self, remote: Remote, before: Node | None, node: Node | None) -> list[Change]:
         """The claims of a node's own addresses; with `node` None they go."""
+        some = node or before
+        if some is None:
+            return []
         old = dict(node_claims(before, self.trust)) if before else {}
         new: dict[Cidr, int] = {}
         for cidr, identity in node_claims(node, self.trust) if node else ():
-            if remote.name == self.trust.own_cluster and cidr in self.trust.own_addresses:
+            if remote.name == self.trust.own_cluster and some.name == self.trust.own_node:
                 continue
             try:
                 self.trust.check_prefix(remote.name, cidr)
                 new[cidr] = identity
             except Malformed as error:
-                remote.refuse(f"node {node.name if node else ''} {cidr_text(cidr)}", error)
+                remote.refuse(f"node {some.name} {cidr_text(cidr)}", error)
         changes: list[Change] = []
-        some = node or before
-        origin = f"node:{some.name if some else ''}"
+        origin = f"node:{some.name}"
         for cidr in old.keys() - new.keys():
             if self._node_owner.get(text := wire.ip_text(cidr[0], cidr[1])) is remote:
                 del self._node_owner[text]
             changes += self._claim(remote, cidr, origin, None)
         for cidr, identity in new.items():
             self._node_owner[wire.ip_text(cidr[0], cidr[1])] = remote
-            claim = Claim(origin, identity, node.name if node else "", "", "")
+            claim = Claim(origin, identity, some.name, "", "")
             changes += self._claim(remote, cidr, origin, claim)
         return changes
 
@@ -622,6 +636,18 @@ class Mesh:
             for item in items[start : start + CHUNK]:
                 changes.extend(act(item))
             yield changes
+
+
+def _in_force(claims: tuple[Claim, ...]) -> Claim | None:
+    """The claim that becomes an address of its own.
+
+    That a node's address is a remote node's is said by the node; it would only hide the node's labels.
+    """
+    if not claims:
+        return None
+    if claims[0].identity == REMOTE_NODE and claims[-1].origin.startswith("node:"):
+        return None
+    return claims[0]
 
 
 def _origin(rest: str) -> str:

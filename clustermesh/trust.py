@@ -47,6 +47,7 @@ class Trust:
     max_clusters: int = 255
     clusters: Mapping[str, int] = field(default_factory=dict)  # name -> id; empty: whoever is well-formed
     allowed: Mapping[str, Sequence[Cidr]] = field(default_factory=dict)  # cluster -> ranges it may speak for
+    own_node: str = ""  # name of this host in its cluster
     own_addresses: frozenset[Cidr] = frozenset()  # of this host
     protected: tuple[Cidr, ...] = ()  # further ranges of ours: no other cluster speaks for them
     reserved: frozenset[int] = frozenset(

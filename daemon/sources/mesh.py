@@ -122,7 +122,7 @@ class MeshSource:
     def _protect_host(self) -> None:
         host = self._tables.host.get("host")
         if host is not None:
-            self.mesh.protect((one.family, one.address, one.length) for one in host.addresses)
+            self.mesh.protect(host.name, ((one.family, one.address, one.length) for one in host.addresses))
 
     # -- rows
 

@@ -8,7 +8,7 @@ from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import parse_prefix
 from daemon.sources.mesh import MeshSource
-from daemon.state.tables import IpKey, NodeKey, Tables
+from daemon.state.tables import HostRow, IpKey, NodeKey, Tables
 
 WEB = 131073
 METRICS = 131074
@@ -69,8 +69,9 @@ async def test_what_is_in_the_store_at_start_becomes_rows(
     assert row.labels == parse_labels([*LABELS, "k8s:io.cilium.k8s.policy.cluster=west"])
     ip = tables.ips[IpKey(parse_prefix("10.1.0.5"), "mesh:west")]
     assert (ip.identity, ip.name, ip.node) == (WEB, "web-0", "192.168.5.1")
-    assert tables.ips[IpKey(parse_prefix("192.168.5.1"), "mesh:west")].identity == 6
-    assert NodeKey("west", "w1") in tables.nodes
+    node = tables.nodes[NodeKey("west", "w1")]
+    assert node.addresses == (("InternalIP", parse_prefix("192.168.5.1")),)
+    assert parse_labels(["k8s:kubernetes.io/hostname=w1"]) == node.labels
     assert tables.status["mesh:west"].ok
 
 
@@ -149,3 +150,31 @@ async def test_refused_entries_are_counted_in_the_status(
     assert details["refused_by_reason"] == {"special_address": 1, "cluster_label": 1}
     assert not tables.ips
     assert not tables.identities
+
+
+async def test_a_nodes_address_is_told_by_the_node_and_not_hidden_by_its_own_entry(
+    tables: Tables, kv: MemoryKV, running, until
+):
+    await put_cluster(kv)
+    await put_node(kv, "w1", "192.168.5.1")
+    await put_ip(kv, "192.168.5.1", 1)
+    async with running(make(tables, kv)):
+        await until(lambda: tables.ips.synced)
+        assert not tables.ips
+        assert len(tables.nodes) == 1
+        await put_ip(kv, "192.168.5.1", WEB)
+        await until(lambda: IpKey(parse_prefix("192.168.5.1"), "mesh:west") in tables.ips)
+
+
+async def test_a_node_cannot_take_this_hosts_address_or_a_special_one(
+    tables: Tables, kv: MemoryKV, running, until
+):
+    mine = parse_prefix("10.0.0.9")
+    tables.host.put("host", HostRow("e1", "east", 1, frozenset(), frozenset({mine}), ()))
+    await put_cluster(kv)
+    await put_node(kv, "w1", "10.0.0.9")
+    await put_node(kv, "w2", "127.0.0.1")
+    async with running(make(tables, kv)):
+        await until(lambda: tables.nodes.synced)
+    assert [row.addresses for row in tables.nodes.rows.values()] == [(), ()]
+    assert tables.status["mesh:west"].details["refused_by_reason"] == {"our_address": 1, "special_address": 1}
