@@ -6,7 +6,10 @@ somebody else is never detached: where XDP is taken, TCX carries the policy alon
 
 import contextlib
 import errno
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -28,6 +31,9 @@ from bpf.syscall import (
     obj_pin,
     prog_info,
 )
+
+SIOCGIFHWADDR = 0x8927
+ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772
 
 
 class XdpMode(Enum):
@@ -141,8 +147,21 @@ def _attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str]:
     return wanted, ""
 
 
+def _check_link_header(ifindex: int) -> None:
+    """OSError unless frames of this device begin with an Ethernet header, which is all that the parser knows."""
+    name = socket.if_indextoname(ifindex)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        reply = fcntl.ioctl(handle, SIOCGIFHWADDR, struct.pack("16s24x", name.encode()))
+    (kind,) = struct.unpack_from("=H", reply, 16)
+    if kind not in (ARPHRD_ETHER, ARPHRD_LOOPBACK):
+        raise OSError(
+            errno.EOPNOTSUPP, f"device {name} is not Ethernet (type {kind}): its packets cannot be judged"
+        )
+
+
 def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
     """Put the pinned programs on a device. OSError names the hook; TCX that was attached before stays."""
+    _check_link_header(ifindex)
     if has_tcx():
         # first in the chain: a program in front of ours could accept a packet that we never see
         _put(pins, ifindex, INGRESS, BPF_F_BEFORE)

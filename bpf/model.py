@@ -437,7 +437,7 @@ class Host:
     def _ingress(self, packet: Packet, frame: bytes, *, keeps_state: bool) -> Reason:
         enforced = self.policy.enforced
         if not enforced & BufferFlag.ENFORCE_INGRESS:
-            if packet.family and keeps_state and self._is_ours(packet):
+            if packet.family and keeps_state:
                 self._track(packet, Direction.INGRESS)
             return Reason.NOT_ENFORCED
         early = self._before_policy(packet)
@@ -557,7 +557,8 @@ class Host:
                 self.policy.cell(Direction(1 - direction), self._remote(packet, direction), back)
             )
         answered = packet.proto != TCP and self._flow(packet, direction, 1 - origin) in self.flows
-        if opens and not answered:
+        ours = direction is Direction.EGRESS or self._is_ours(packet)
+        if opens and ours and not answered:
             self.flows.add(self._flow(packet, direction, origin))
 
     def _is_related(self, packet: Packet, frame: bytes, direction: Direction) -> bool:

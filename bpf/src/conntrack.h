@@ -207,6 +207,8 @@ static __always_inline int flow_track(const struct packet *p, const struct scope
 		return 0;
 	if (p->proto != PROTO_TCP && flow_find(&f, !origin))
 		return 0;	/* an answer: the other side opened it */
+	if (s->direction == INGRESS && !is_for_host(p, s->flags))
+		return 0;
 	if (add)
 		flow_add(&f, origin, rule);
 	return 1;

@@ -8,6 +8,9 @@
 #define TCX_NEXT (-1)	/* other programs, and the stack, still have their say */
 #define TCX_DROP 2
 #define PACKET_OTHERHOST 3
+#define PACKET_LOOPBACK 5
+
+#define UNASKED (CELL_ALLOW << 28 | RULE_DEFAULT_ALLOW)	/* the cell of a direction without policy */
 
 /* Lives in a per-CPU map and not on the stack: see REFRESH. One for each hook, which cannot interrupt itself. */
 struct scratch {
@@ -125,6 +128,7 @@ judge_egress(const struct packet *p, const struct scope *s, struct outcome *o, v
 		o->slot = slot_of(p, p->dst, s->flags);
 	if (!(s->enforced & BUFFER_ENFORCE_EGRESS)) {
 		o->reason = REASON_NOT_ENFORCED;
+		o->cell = UNASKED;
 	} else if (p->malformed) {
 		o->reason = p->malformed;
 		return;
@@ -228,7 +232,8 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
 	struct outcome *o;
 	struct packet *p;
 
-	if (direction == INGRESS && judged_by_xdp(ctx))
+	/* the copy of a multicast that the host gets from itself has no link header */
+	if (direction == INGRESS && (judged_by_xdp(ctx) || ctx->pkt_type == PACKET_LOOPBACK))
 		return TCX_NEXT;
 	read_config(&s);
 	s.ifindex = ctx->ifindex;
@@ -261,9 +266,10 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
 			      ctx->pkt_type != PACKET_OTHERHOST);
 	} else {
 		o->reason = REASON_NOT_ENFORCED;
-		if (p->family && ctx->pkt_type != PACKET_OTHERHOST && is_for_host(p, s.flags)) {
+		o->cell = UNASKED;
+		if (p->family && ctx->pkt_type != PACKET_OTHERHOST) {
 			o->slot = slot_of(p, p->src, s.flags);
-			o->opens = flow_track(p, &s, o->slot, RULE_DEFAULT_ALLOW, 1);
+			o->opens = flow_track(p, &s, o->slot, cell_rule(o->cell), 1);
 		}
 	}
 	REFRESH();

@@ -362,6 +362,38 @@ def test_ipv6_finds_its_neighbours_while_everything_else_is_denied(cable: Cable,
             ip("-n", namespace, "addr", "del", f"{address}/64", "dev", device)
 
 
+def test_the_host_hears_its_own_multicast(cable: Cable) -> None:
+    cable.attach(XdpMode.NATIVE)
+    looks_like_ipv6 = "134.221.0.1"  # without its link header, the copy has 86dd where an ethertype would be
+    ip("-n", cable.us, "addr", "add", f"{looks_like_ipv6}/24", "dev", DEVICE)
+    group = socket.inet_aton("239.1.2.3") + socket.inet_aton(looks_like_ipv6)
+    try:
+        with inside(cable.us):
+            hearer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            hearer.bind(("239.1.2.3", DENIED))
+            hearer.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+            hearer.setblocking(False)
+            speaker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            speaker.bind((looks_like_ipv6, 0))
+            speaker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(looks_like_ipv6))
+        with hearer, speaker:
+            speaker.sendto(b"x", ("239.1.2.3", DENIED))
+            assert waiting(hearer) == 1
+    finally:
+        ip("-n", cable.us, "addr", "del", f"{looks_like_ipv6}/24", "dev", DEVICE)
+
+
+def test_a_device_without_ethernet_is_refused_by_name(cable: Cable) -> None:
+    made = subprocess.run(
+        ["ip", "-n", cable.us, "tuntap", "add", "mwtun", "mode", "tun"], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("this kernel has no tun devices")
+    with inside(cable.us), pytest.raises(OSError, match="device mwtun is not Ethernet"):
+        attach.attach(cable.pins, socket.if_nametoindex("mwtun"), XdpMode.OFF)
+    ip("-n", cable.us, "tuntap", "del", "mwtun", "mode", "tun")
+
+
 def test_native_xdp_works_on_jumbo_frames(cable: Cable) -> None:
     set_mtu(cable, 9000)
     assert cable.attach(XdpMode.NATIVE).xdp == "native"

@@ -216,6 +216,14 @@ def test_under_egress_policy_we_answer_whom_we_let_in(rig: Rig, us: str, friend:
     assert rig.run(Hook.TCX_EGRESS, frames.tcp(us, friend, 50000, 443)).passes
 
 
+def test_forwarded_connections_take_no_room_among_ours(rig: Rig) -> None:
+    rig.install(SENDS_NOTHING)
+    passing_by = frames.tcp(STRANGER, "10.9.9.9", 40000, 22)
+    assert rig.run(Hook.TCX_INGRESS, passing_by).passes
+    assert rig.run(Hook.XDP, passing_by).marked
+    assert not list(rig.maps["ct4"].items())
+
+
 def test_xdp_leaves_the_first_packet_of_a_connection_to_the_hook_that_keeps_its_state(rig: Rig) -> None:
     rig.install(SENDS_NOTHING)
     opening = frames.tcp(STRANGER, US, 40000, 22)
