@@ -1,5 +1,6 @@
 """Addresses: which prefix has which slot, over all address tables, as operations."""
 
+from array import array  # noqa: TC003 - beside its users
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -23,6 +24,25 @@ class Addresses:
         self._deep: Counter[int] = Counter()  # /64 network -> prefixes of 65 to 127 bits in it
         self._retired: list[int] = []
         self._count: Counter[str] = Counter()
+        self._pieces: set[Prefix] = (
+            set()
+        )  # IPv4 hosts that are entries of blocks, as an earlier process painted them
+
+    def adopt(self, blocks: "array[int]", tables: Mapping[str, Mapping[Prefix, int]]) -> dict[Prefix, int]:
+        """Take over what an earlier process wrote: the blocks, and by table the entries of hashes and the trie."""
+        self.slots = self._blocks.adopt(blocks)
+        self._pieces = {one for one in self.slots if one.is_host}
+        for table, rows in tables.items():
+            self.slots.update(rows)
+            self._count[table] = len(rows)
+            for one in rows:
+                if table == "ip4_hosts":
+                    self._hosts4[one.address >> 16] += 1
+                    self._pieces.discard(one)
+                elif not one.is_host:
+                    self._tables[one] = table
+                    self._deep[one.address >> 64] += one.length > 64
+        return dict(self.slots)
 
     @property
     def flags(self) -> ConfigFlag:
@@ -47,20 +67,25 @@ class Addresses:
         }
         gone = [one for one in delete if one in self.slots and one not in put]
         self._check_room(fresh)
-        wide4 = {one: slot for one, slot in fresh.items() if one.family == 4 and not one.is_host}
-        painted = self._blocks.change(wide4, [one for one in gone if one.family == 4 and not one.is_host])
+        painted = self._blocks.change(
+            {one: slot for one, slot in fresh.items() if self._in_blocks(one)}, filter(self._in_blocks, gone)
+        )
         ops = self._block_ops(painted)
         for one, slot in fresh.items():
-            if one.family == 6 or one.is_host:
+            if not self._in_blocks(one):
                 ops += self._put(one, slot)
         for one in gone:
-            if one.family == 6 or one.is_host:
+            if not self._in_blocks(one):
                 ops += self._drop(one)
+        self._pieces.difference_update(gone)
         ops += self._block_ops(self._blocks.hosts({root for root, count in self._hosts4.items() if count}))
         self.slots.update(fresh)
         for one in gone:
             del self.slots[one]
         return ops
+
+    def _in_blocks(self, prefix: Prefix) -> bool:
+        return prefix.family == 4 and (not prefix.is_host or prefix in self._pieces)
 
     def settle(self) -> None:
         """A grace period has passed: what was retired may be used again."""

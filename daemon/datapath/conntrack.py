@@ -65,6 +65,11 @@ class Conntrack:
         home = pins / f"v{LAYOUT_VERSION}" / "maps"
         self._tables = {4: PinnedMap.open(home / "ct4", shapes["ct4"])}
         self._tables[6] = PinnedMap.open(home / "ct6", shapes["ct6"])
+        with PinnedMap.open(home / "config", shapes["config"]) as config:
+            # written by the loader, which measures it: that takes a tenth of a second
+            (self._hz,) = struct.unpack_from(
+                "=I", config.lookup(0) or bytes(CONFIG.size), CONFIG.offsets()["hz"]
+            )
 
     def close(self) -> None:
         """Give up the descriptors."""
@@ -81,10 +86,9 @@ class Conntrack:
         """Every entry that has not expired, as the tables are read."""
         ticks = Ticks()
         try:
-            hz = ticks.measure_hz()
             for family, table in self._tables.items():
                 for key, value in table.items():
-                    row = _row(family, key, value, ticks.until, hz)
+                    row = _row(family, key, value, ticks.until, self._hz)
                     if row.expires_s >= 0:
                         yield row
         finally:
@@ -103,7 +107,7 @@ class Conntrack:
         """Enter connections that exist already, so that their replies pass; what is there stays. Returns the number."""
         ticks = Ticks()
         try:
-            hz, low = ticks.measure_hz(), ticks.now()
+            hz, low = self._hz, ticks.now()
         finally:
             ticks.close()
         estimate = (1 << 32) - INITIAL_JIFFIES_S * hz + int(time.clock_gettime(time.CLOCK_MONOTONIC) * hz)

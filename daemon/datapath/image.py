@@ -45,6 +45,7 @@ from daemon.policy.tables import PolicyTables, Rows
 
 T = TypeVar("T")
 CONFIG_AT = CONFIG.offsets()
+NO_FLAGS = ConfigFlag(0)
 INFO_GROUP = 1  # slot_info.flags: the slot stands for prefixes that policy names, not for an identity
 _WORLD_SLOTS = {WORLD4: SLOT_WORLD4, WORLD6: SLOT_WORLD6}
 _FIXED = {Identity(Reserved.HOST): SLOT_HOST}
@@ -288,8 +289,7 @@ class Image:
             ops += first
             targets[prefix] = slot
         fall = {one: self._named[one] for one in gone if one in self._named}
-        ops += self.addresses.change(targets | fall, [one for one in gone if one not in fall])
-        ops += self._flag_ops()
+        ops += self._flagged(self.addresses.change(targets | fall, [one for one in gone if one not in fall]))
         left = [self.managed.pop(one) for one in gone] + [
             self.managed[one] for one in fresh if one in self.managed
         ]
@@ -333,8 +333,11 @@ class Image:
 
     def _address_ops(self, named: Mapping[Prefix, int], dropped: Iterable[Prefix]) -> list[Op]:
         put = {one: slot for one, slot in named.items() if one not in self.managed}
-        ops = self.addresses.change(put, [one for one in dropped if one not in self.managed])
-        return ops + self._flag_ops()
+        return self._flagged(self.addresses.change(put, [one for one in dropped if one not in self.managed]))
+
+    def _flagged(self, ops: list[Op]) -> list[Op]:
+        """A table is asked from before its first entry is put until after its last one is dropped."""
+        return [*self._flag_ops(self._config), *ops, *self._flag_ops()]
 
     # --- config
 
@@ -343,8 +346,8 @@ class Image:
         self.flags = flags
         return self._flag_ops()
 
-    def _flag_ops(self) -> list[Op]:
-        wanted = self.flags | self.addresses.flags
+    def _flag_ops(self, kept: ConfigFlag = NO_FLAGS) -> list[Op]:
+        wanted = self.flags | self.addresses.flags | kept
         if wanted == self._config:
             return []
         self._config = wanted
@@ -366,11 +369,11 @@ class Image:
         self._rows = dict(left.rows)
         self._region = left.region
         self.numbers = {("left", number): number for number in left.rules}
-        self._slots.reserve({*left.addresses.values(), *left.identities})
+        addresses = self.addresses.adopt(left.blocks, left.entries)
+        self._slots.reserve(addresses.values())
         for slot, identity in left.identities.items():
             self._slot_of.setdefault(identity, slot)
-        self.addresses.change(left.addresses)
-        for prefix, slot in left.addresses.items():
+        for prefix, slot in addresses.items():
             if slot == SLOT_UNKNOWN:
                 self.managed[prefix] = None
             elif slot == SLOT_HOST:
@@ -389,7 +392,8 @@ class Leftover:
     generation: int
     flags: ConfigFlag
     enforced: tuple[bool, bool]
-    addresses: Mapping[Prefix, int]
+    blocks: "array[int]"  # all of ip4_blocks
+    entries: Mapping[str, Mapping[Prefix, int]]  # hash or trie -> prefix -> slot
     identities: Mapping[int, Identity]
     rows: Mapping[int, tuple[int, int]]
     region: tuple[int, int]

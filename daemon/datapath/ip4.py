@@ -29,14 +29,14 @@ class Painted:
 
 
 class Ip4Blocks:
-    """What ip4_blocks holds. `change` returns the stores; the caller makes them and gives retired blocks back."""
+    """What ip4_blocks holds. `change` plans stores; the caller makes them and gives retired blocks back."""
 
     def __init__(self, blocks: int) -> None:
         self._capacity = blocks
         self._free = list(range(blocks - 1, BLOCK_ROOTS - 1, -1))
         self._roots = array("I", bytes(4 * ROOTS))
         self._short: dict[Prefix, int] = {}  # length 1..16 -> slot
-        self._long: dict[int, dict[Prefix, int]] = {}  # root index -> prefixes of length 17..31
+        self._long: dict[int, dict[Prefix, int]] = {}  # root index -> prefixes longer than 16
         self._owned: dict[int, list[int]] = {}  # root index -> its child blocks
         self._hosts: set[int] = set()  # root indexes with entries in ip4_hosts
 
@@ -45,8 +45,25 @@ class Ip4Blocks:
         """Blocks in use, the roots included."""
         return self._capacity - len(self._free)
 
+    def adopt(self, entries: "array[int]") -> dict[Prefix, int]:
+        """Take over a filled map: its blocks, and its content as prefixes of 16, 24 and 32 bits."""
+        self._roots = entries[:ROOTS]
+        self._hosts = {root for root in range(ROOTS) if self._roots[root] & ENTRY_HOSTS}
+        found = read_back(entries)
+        self._short = {prefix: slot for prefix, slot in found.items() if prefix.length == 16}
+        for prefix, slot in found.items():
+            if prefix.length > 16:
+                self._long.setdefault(prefix.address >> 16, {})[prefix] = slot
+        self._owned = {}
+        for root in range(ROOTS):
+            if self._roots[root] & ENTRY_POINTER:
+                self._owned[root] = list(_blocks_below(self._roots[root], entries))
+        busy = {block for owned in self._owned.values() for block in owned}
+        self._free = [block for block in range(self._capacity - 1, BLOCK_ROOTS - 1, -1) if block not in busy]
+        return found
+
     def change(self, put: Mapping[Prefix, int], delete: Iterable[Prefix]) -> Painted:
-        """Prefixes of length 1 to 31 come, move to another slot, and go. Raises BlocksFull, with nothing changed."""
+        """Prefixes come, move to another slot and go; hosts only if `adopt` found them. Raises BlocksFull, nothing changed."""
         short, dirty = dict(self._short), set[int]()
         long: dict[int, dict[Prefix, int]] = {}
         for prefix in delete:
@@ -186,6 +203,16 @@ def _tree(prefixes: Mapping[Prefix, int], covering: int, level: int = 16) -> _Tr
     if all(child.children is None and child.slot == children[0].slot for child in children):
         return children[0]
     return _Tree(covering, children)
+
+
+def _blocks_below(entry: int, entries: "array[int]") -> Iterator[int]:
+    """The blocks that a pointer leads to."""
+    block = entry & ENTRY_MASK
+    yield block
+    for octet in range(BLOCK_ENTRIES):
+        inner = entries[block * BLOCK_ENTRIES + octet]
+        if inner & ENTRY_POINTER:
+            yield from _blocks_below(inner, entries)
 
 
 def read_back(entries: "array[int]") -> dict[Prefix, int]:

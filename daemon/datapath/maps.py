@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -105,7 +106,7 @@ class KernelMaps:
 
     def generation(self) -> int:
         """What the data path enforces now."""
-        return int.from_bytes(self._memory["config"][0:4], "little")
+        return int.from_bytes(self._memory["config"][0:4], sys.byteorder)
 
     def leftover(self) -> Leftover:
         """What an earlier process left, for Image.adopt."""
@@ -113,8 +114,12 @@ class KernelMaps:
         generation, flags = config["generation"], config["flags"]
         assert isinstance(generation, int)  # noqa: S101 - struct formats give ints
         assert isinstance(flags, int)  # noqa: S101
-        addresses = dict(self._addresses())
-        used = {slot for slot in addresses.values() if slot >= FIRST_FREE_SLOT}
+        blocks = array("I", self._memory["ip4_blocks"][: 4 * BLOCK_ENTRIES * self.sizes.ip4_blocks])
+        entries = {
+            name: dict(self._entries(name)) for name in ("ip4_hosts", "ip6_hosts", "ip6_nets", "ip6_prefixes")
+        }
+        held = [*read_back(blocks).values(), *(slot for rows in entries.values() for slot in rows.values())]
+        used = {slot for slot in held if slot >= FIRST_FREE_SLOT}
         rows, identities = self._rows(generation & 1, used), {}
         for slot in used:
             info = SLOT_INFO.unpack(self._memory["slot_info"][8 * slot : 8 * slot + 8])
@@ -123,7 +128,9 @@ class KernelMaps:
         region, rules = self._region(generation & 1, rows)
         active = BufferFlag(int(str(config[f"buffer_flags{generation & 1}"])))
         enforced = (BufferFlag.ENFORCE_INGRESS in active, BufferFlag.ENFORCE_EGRESS in active)
-        return Leftover(generation, ConfigFlag(flags), enforced, addresses, identities, rows, region, rules)
+        return Leftover(
+            generation, ConfigFlag(flags), enforced, blocks, entries, identities, rows, region, rules
+        )
 
     def _rows(self, buffer: int, used: set[int]) -> dict[int, tuple[int, int]]:
         flat = array("I", self._memory["class_of"][8 * self.sizes.slots * buffer :][: 8 * self.sizes.slots])
@@ -140,31 +147,32 @@ class KernelMaps:
         cells = array("I", self._memory["cells"][4 * first : 4 * end])
         return (first, end), frozenset(cell & RULE_MASK for cell in set(cells))
 
-    def _addresses(self) -> Iterator[tuple[Prefix, int]]:
-        blocks = array("I", self._memory["ip4_blocks"][: 4 * BLOCK_ENTRIES * self.sizes.ip4_blocks])
-        yield from read_back(blocks).items()
-        for key, value in self._maps["ip4_hosts"].items():
-            yield Prefix(4, int.from_bytes(key, "big"), 32), _slot(value)
-        for key, value in self._maps["ip6_hosts"].items():
-            yield Prefix(6, int.from_bytes(key, "big"), 128), _slot(value)
-        for key, value in self._maps["ip6_nets"].items():
-            yield Prefix(6, int.from_bytes(key, "big") << 64, 64), _slot(value)
-        for key, value in self._maps["ip6_prefixes"].items():
-            yield Prefix(6, int.from_bytes(key[4:], "big"), int.from_bytes(key[:4], "little")), _slot(value)
+    def _entries(self, table: str) -> Iterator[tuple[Prefix, int]]:
+        for key, value in self._maps[table].items():
+            if table == "ip6_prefixes":
+                length = int.from_bytes(key[:4], sys.byteorder)
+                yield Prefix(6, int.from_bytes(key[4:], "big"), length), _slot(value)
+            else:
+                width = 32 if table == "ip4_hosts" else 128
+                address = int.from_bytes(key, "big") << (64 if table == "ip6_nets" else 0)
+                yield (
+                    Prefix(4 if width == 32 else 6, address, 64 if table == "ip6_nets" else width),
+                    _slot(value),
+                )
 
 
 def _store(memory: mmap.mmap, offset: int, data: bytes) -> None:
     """Aligned 4 and 8 byte values are stored as one word, so that no packet sees half of one."""
     if len(data) == 8 and offset % 8 == 0:
-        ctypes.c_uint64.from_buffer(memory, offset).value = int.from_bytes(data, "little")
+        ctypes.c_uint64.from_buffer(memory, offset).value = int.from_bytes(data, sys.byteorder)
     elif len(data) == 4 and offset % 4 == 0:
-        ctypes.c_uint32.from_buffer(memory, offset).value = int.from_bytes(data, "little")
+        ctypes.c_uint32.from_buffer(memory, offset).value = int.from_bytes(data, sys.byteorder)
     else:
         memory[offset : offset + len(data)] = data
 
 
 def _slot(value: bytes) -> int:
-    return int.from_bytes(value[:4], "little")
+    return int.from_bytes(value[:4], sys.byteorder)
 
 
 def _summed(values: Sequence[bytes]) -> tuple[int, int]:

@@ -98,6 +98,7 @@ class Program:
         self._own: frozenset[Prefix] = frozenset()
         self._loaded: dict[str, object] = {}
         self._seeded = 0
+        self._refused = False
         self.conflicts: set[Prefix] = set()
 
     # --- the loop
@@ -200,6 +201,7 @@ class Program:
         put, delete = self._owners(dirty)
         if not (recompile or labels or put or delete):
             return None
+        recompile |= self._refused  # what did not fit may fit now
         everything = self._everything(host) if recompile else {}
         return _Work(
             tuple(self._tables.policies.rows.values()) if recompile else (),
@@ -219,14 +221,18 @@ class Program:
         except (TableFull, BlocksFull) as error:
             log.error("data path: refused whole, the old tables stay: %s", error)  # noqa: TRY400
             hint = "raise map_sizes (needs `meshwall cleanup` and a restart), or make the policy smaller"
-            self._status(StatusRow(ok=False, text=f"refused, the last good policy stays: {error}", hint=hint))
+            text = f"refused, the last good policy stays: {error}"
+            self._status(StatusRow(ok=False, text=text, hint=hint, details=self._details()))
+            self._refused = True
             return None
         except OSError as error:
             log.error("data path: %s; reading the kernel's tables again", error)  # noqa: TRY400
             self._status(StatusRow(ok=False, text=f"out of sync: {error}", hint="tried again by itself"))
+            self._compiled = None
             if self._maps is not None:
                 await asyncio.to_thread(self._adopt, self._maps)
             return replace(work, recompile=True)
+        self._refused = False
         self._publish(done, work)
         return None
 
@@ -242,9 +248,11 @@ class Program:
             maps.apply(ops)
             operations += len(ops)
 
-        switched = self._policy(work, apply, maps)
-        # New owners first: an address that moves between them is never without one.
-        apply(self._image.claim(work.put, work.delete))
+        try:
+            switched = self._policy(work, apply, maps)
+        finally:
+            # Addresses change owners also when the policy was refused.
+            apply(self._image.claim(work.put, work.delete))
         return _Done(switched, time.monotonic() - started, operations)
 
     def _policy(self, work: _Work, apply: Callable[[list[Op]], None], maps: KernelMaps) -> bool:

@@ -96,7 +96,7 @@ class Kernel:
                     "ip4_blocks", (entry & ENTRY_MASK) * BLOCK_ENTRIES + (address >> shift & 255)
                 )
         assert not entry & ENTRY_POINTER
-        return entry & ENTRY_MASK if entry & ENTRY_MASK else SLOT_WORLD4
+        return entry & ENTRY_MASK or SLOT_WORLD4
 
     def verdict(
         self, generation: int, direction: Direction, peer: Prefix, proto: int, port: int
@@ -124,16 +124,24 @@ def leftover(kernel: Kernel) -> object:
 
     config = CONFIG_STRUCT.unpack(bytes(kernel.memory["config"][: CONFIG_STRUCT.size]))
     generation = int(str(config["generation"]))
-    addresses = read_back(array("I", kernel.memory["ip4_blocks"]))
-    for name, family, width in (("ip4_hosts", 4, 32), ("ip6_hosts", 6, 128)):
+    blocks = array("I", bytes(kernel.memory["ip4_blocks"]))
+    entries: dict[str, dict[Prefix, int]] = {
+        "ip4_hosts": {},
+        "ip6_hosts": {},
+        "ip6_nets": {},
+        "ip6_prefixes": {},
+    }
+    for name, rows_ in entries.items():
         for key, value in kernel.tables[name].items():
-            addresses[Prefix(family, int.from_bytes(key, "big"), width)] = struct.unpack_from("<I", value)[0]
-    for key, value in kernel.tables["ip6_nets"].items():
-        addresses[Prefix(6, int.from_bytes(key, "big") << 64, 64)] = struct.unpack_from("<I", value)[0]
-    for key, value in kernel.tables["ip6_prefixes"].items():
-        length = struct.unpack_from("<I", key)[0]
-        addresses[Prefix(6, int.from_bytes(key[4:], "big"), length)] = struct.unpack_from("<I", value)[0]
-    used = {slot for slot in addresses.values() if slot >= FIRST_FREE_SLOT}
+            prefix = {
+                "ip4_hosts": lambda k: Prefix(4, int.from_bytes(k, "big"), 32),
+                "ip6_hosts": lambda k: Prefix(6, int.from_bytes(k, "big"), 128),
+                "ip6_nets": lambda k: Prefix(6, int.from_bytes(k, "big") << 64, 64),
+                "ip6_prefixes": lambda k: Prefix(6, int.from_bytes(k[4:], "big"), k[0]),
+            }[name](key)
+            rows_[prefix] = struct.unpack_from("<I", value)[0]
+    held = [*read_back(blocks).values(), *(slot for rows_ in entries.values() for slot in rows_.values())]
+    used = {slot for slot in held if slot >= FIRST_FREE_SLOT}
     base = kernel.sizes.slots * (generation & 1)
     rows = {
         slot: (kernel.word("class_of", 2 * (base + slot)), kernel.word("class_of", 2 * (base + slot) + 1))
@@ -148,5 +156,13 @@ def leftover(kernel: Kernel) -> object:
     enforced = (BufferFlag.ENFORCE_INGRESS in active, BufferFlag.ENFORCE_EGRESS in active)
     flags = ConfigFlag(int(str(config["flags"])))
     return Leftover(
-        generation, flags, enforced, addresses, identities, rows, (0, kernel.sizes.cells // 2), frozenset()
+        generation,
+        flags,
+        enforced,
+        blocks,
+        entries,
+        identities,
+        rows,
+        (0, kernel.sizes.cells // 2),
+        frozenset(),
     )
