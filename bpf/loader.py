@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -153,14 +154,12 @@ def open_maps(directory: Path, sizes: layout.Sizes) -> tuple[dict[str, PinnedMap
 
 
 def prepare_config(config: PinnedMap, hz: int) -> None:
-    """What the daemon does not know goes into `config`; everything else in it stays."""
-    raw = config.lookup(0)
-    if raw is None:
-        raise LoaderError("map config has no entry 0")
-    values = dict(layout.CONFIG.unpack(raw))
-    values["hz"] = hz
-    values["event_budget"] = values["event_budget"] or DEFAULT_EVENT_BUDGET
-    config.update(0, layout.CONFIG.pack(**values))
+    """Put what the daemon does not know into `config`, word by word: the daemon may be flipping the generation."""
+    offsets = layout.CONFIG.offsets()
+    with config.mmap(writable=True) as memory:
+        struct.pack_into("=I", memory, offsets["hz"], hz)
+        if not struct.unpack_from("=I", memory, offsets["event_budget"])[0]:
+            struct.pack_into("=I", memory, offsets["event_budget"], DEFAULT_EVENT_BUDGET)
 
 
 def name_fixed_slots(slot_info: PinnedMap) -> None:
@@ -302,7 +301,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         answer = load(options.pins, options.device, attach.XdpMode(options.xdp), options.sizes)
-    except (LoaderError, MissingFeatureError, LayoutMismatch, OSError) as error:
+    except LayoutMismatch as error:
+        print(
+            f"bpf loader: {error} (use the sizes that are pinned, or `meshwall cleanup` first)",
+            file=sys.stderr,
+        )
+        return 1
+    except (LoaderError, MissingFeatureError, OSError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         print("bpf loader: " + " | ".join(text.splitlines()), file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bpf import attach, clsact, features, frames, layout
+from bpf import attach, clsact, features, frames, layout, loader
 from bpf.attach import XdpMode
 from bpf.features import MissingFeatureError, instruction, returns
 from bpf.layout import (
@@ -550,6 +550,31 @@ def test_wrong_input_is_one_clear_line_and_changes_nothing(cable: Cable) -> None
     with inside(cable.us):
         assert attach.status(cable.pins, cable.ifindex).ingress
     assert "hosts, values whole numbers" not in cable.load("--sizes", '{"host": 1}', check=False).stdout
+
+
+@pytest.mark.parametrize(
+    "broken", [instruction(0x95), returns(1)], ids=["refused by the verifier", "drops everything"]
+)
+def test_programs_that_fail_leave_the_old_ones_in_charge(
+    cable: Cable, monkeypatch: pytest.MonkeyPatch, broken: bytes
+) -> None:
+    cable.attach(XdpMode.NATIVE)
+    monkeypatch.setattr(loader, "compile_programs", lambda text: dict.fromkeys(loader.PROGRAMS, broken))
+    with inside(cable.us), pytest.raises((OSError, loader.LoaderError)):
+        loader.load(cable.pins, [DEVICE], XdpMode.NATIVE, SMALL)
+    with inside(cable.us):
+        assert attach.status(cable.pins, cable.ifindex).xdp == "native"
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(b"x", (US, ALLOWED))
+        client.sendto(b"x", (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+
+
+def test_the_loader_does_not_touch_the_generation(cable: Cable) -> None:
+    with cable.map("config") as config:
+        before = config.lookup(0)
+        loader.prepare_config(config, hz=int(str(CONFIG.unpack(before or b"")["hz"])))
+        assert config.lookup(0) == before
 
 
 def test_without_privileges_the_loader_names_what_it_needs(tmp_path: Path) -> None:
