@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 
 CHUNK = 500  # entries between two chances for the event loop: a few milliseconds
 MAX_REFUSALS = 1000  # remembered per cluster, for people; all are counted
+MAX_WAITING = 500_000  # entries of one kind whose cluster is not known or not complete; more are left out
 HOLD_SHARE = 0.3  # more of a cluster's keys than this missing at once is held for a while
 HOLD_AT_LEAST = 20  # keys; below, a third is nothing unusual
 
@@ -201,8 +202,9 @@ class Remote:
 class _Later(Exception):  # noqa: N818 - control flow inside this module
     """The entry belongs to `remote`, which may not be read yet, or to a cluster that is not known."""
 
-    def __init__(self, remote: Remote | None) -> None:
+    def __init__(self, remote: Remote | None, *, for_host: bool = False) -> None:
         self.remote = remote
+        self.for_host = for_host  # until a node says that it has the entry's host address
 
 
 class _Book:
@@ -211,6 +213,7 @@ class _Book:
     def __init__(self) -> None:
         self.owner: dict[str, Remote] = {}
         self.waiting: dict[str, bytes] = {}
+        self.for_host: dict[str, bytes] = {}  # those that wait for a node
         self.gone: dict[str, Remote] = {}
 
 
@@ -227,6 +230,8 @@ class Mesh:
         self._by_id: dict[int, Remote] = {}
         self._node_owner: dict[str, Remote] = {}  # address -> cluster of the node that has it
         self._touched: set[str] = set()
+        self._new_clusters = False  # a configuration or a marker came: what waited may be readable now
+        self._new_hosts = False  # an address of a node came
         self._speaker: Remote | None = None  # whose entry is being looked at, once that is known
         for name in trust.clusters:
             self._remote(name)
@@ -240,6 +245,7 @@ class Mesh:
             for remote in self.remotes.values():
                 remote.markers.clear()
         book.waiting.clear()
+        book.for_host.clear()
         return Relisting(self, part, dict(book.owner))
 
     def listed(
@@ -253,7 +259,7 @@ class Mesh:
     def applied(self, part: Part, events: Sequence[Event]) -> Iterator[list[Change]]:
         """What the events of a watch change."""
         yield from self._chunked(events, lambda event: self._event(part, event))
-        yield from self._wake(part.kind)
+        yield from self._wake()
 
     def release(self) -> Iterator[list[Change]]:
         """Believe the deletions that were held."""
@@ -284,7 +290,7 @@ class Mesh:
     @property
     def waiting(self) -> int:
         """Entries whose cluster is not known or not complete yet."""
-        return sum(len(book.waiting) for book in self._books.values())
+        return sum(len(book.waiting) + len(book.for_host) for book in self._books.values())
 
     # -- from keys to clusters
 
@@ -309,6 +315,7 @@ class Mesh:
         book = self._books[part]
         rest = key[len(part.prefix) :]
         book.waiting.pop(key, None)
+        book.for_host.pop(key, None)
         book.gone.pop(key, None)
         owner = book.owner.get(key)
         self._speaker = None
@@ -317,7 +324,10 @@ class Mesh:
         except _Later as later:
             # An address that moved to a cluster we cannot read is no longer what the old one said.
             changes = self._delete(part, key) if owner is not None and later.remote is not owner else ()
-            book.waiting[key] = value
+            if len(book.waiting) + len(book.for_host) < MAX_WAITING:
+                (book.for_host if later.for_host else book.waiting)[key] = value
+            else:
+                self.strays["too_many_waiting"] += 1
             return changes
         except Malformed as error:
             remote = self._speaker or owner or self._named(part, rest)
@@ -402,6 +412,8 @@ class Mesh:
         changes: Iterable[Change] = ()
         if remote.config is not None and (remote.config.id, remote.cached) != (config.id, config.cached):
             changes = self._drain(remote)
+        if remote.config != config:
+            self._new_clusters = True
         remote.config = config
         self._by_id[config.id] = remote
         return changes
@@ -436,8 +448,10 @@ class Mesh:
         remote = self.remotes.get(name)
         if remote is None:
             raise _Later(None)
-        if resource in _MARKERS:
-            remote.markers.add(_MARKERS[resource])
+        marker = _MARKERS.get(resource)
+        if marker is not None and marker not in remote.markers:
+            remote.markers.add(marker)
+            self._new_clusters = True
             self._touched.add(name)
         return ()
 
@@ -469,6 +483,8 @@ class Mesh:
         if entry.identity == 0:  # an endpoint that has no identity yet
             return self._delete(part, key) if key in self._books[part].owner else ()
         owner = named or self._address_owner(entry.identity, entry.host_ip)
+        if owner is None and entry.identity < wire.RESERVED_BELOW:
+            raise _Later(None, for_host=True)
         remote, config = self._reader(part, owner)
         if remote.name == self.trust.own_cluster and entry.cidr in self.trust.own_addresses:
             return ()  # what this host itself published
@@ -545,11 +561,14 @@ class Mesh:
         changes: list[Change] = []
         origin = f"node:{some.name}"
         for cidr in old.keys() - new.keys():
-            if self._node_owner.get(text := wire.ip_text(cidr[0], cidr[1])) is remote:
+            text = wire.ip_text(cidr[0], cidr[1])
+            if self._node_owner.get(text) is remote:
                 del self._node_owner[text]
             changes += self._claim(remote, cidr, origin, None)
         for cidr, identity in new.items():
-            self._node_owner[wire.ip_text(cidr[0], cidr[1])] = remote
+            text = wire.ip_text(cidr[0], cidr[1])
+            self._new_hosts |= self._node_owner.get(text) is not remote
+            self._node_owner[text] = remote
             claim = Claim(origin, identity, some.name, "", "")
             changes += self._claim(remote, cidr, origin, claim)
         return changes
@@ -559,6 +578,7 @@ class Mesh:
     def _delete(self, part: Part, key: str) -> Iterable[Change]:
         book = self._books[part]
         book.waiting.pop(key, None)
+        book.for_host.pop(key, None)
         book.gone.pop(key, None)
         remote = book.owner.pop(key, None)
         if remote is None:
@@ -611,15 +631,14 @@ class Mesh:
                 self._touched.add(remote.name)
         yield from self._chunked(sweep, lambda key: self._delete(part, key))
 
-    def _wake(self, kind: Kind) -> Iterator[list[Change]]:
-        """Look again at what waited, after something it can wait for has changed."""
-        if kind in {Kind.CONFIG, Kind.CANARY, Kind.NODE}:
+    def _wake(self) -> Iterator[list[Change]]:
+        """Look again at what waited, if something that it can wait for is new."""
+        while self._new_clusters or self._new_hosts:
+            clusters, self._new_clusters, self._new_hosts = self._new_clusters, False, False
             for part, book in self._books.items():
-                if kind is Kind.NODE and part.kind is not Kind.IP:
-                    continue
-                waiting = list(book.waiting.items())
+                waiting = [*book.for_host.items(), *(book.waiting.items() if clusters else ())]
                 yield from self._chunked(waiting, lambda pair, part=part: self._upsert(part, *pair))  # type: ignore[misc]
-                if kind is Kind.CANARY and part.kind in _DATA:
+                if clusters and part.kind in _DATA:
                     done = [k for k, r in book.gone.items() if r.is_open(part.kind) and not r.held_since]
                     yield from self._chunked(done, lambda key, part=part: self._delete(part, key))  # type: ignore[misc]
         yield from self._statuses()
@@ -678,4 +697,4 @@ class Relisting:
         doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
         """
         yield from self._mesh._sweep(self._part, self._missing, now, doubtful=doubtful)
-        yield from self._mesh._wake(self._part.kind)
+        yield from self._mesh._wake()
