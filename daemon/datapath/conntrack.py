@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bpf.features import Ticks
 from bpf.layout import (
+    CONFIG,
     CT4_KEY,
     CT6_KEY,
     CT_ENTRY,
