@@ -348,26 +348,32 @@ class Compiler:
 
         Rows are numbered by their classes, not by identities.
         """
-        universe = self.universe
-        of_class = {number: self._class_signature(one) for number, one in universe.live_classes()}
-        prefixes, of_group = self._prefixes, self._group_signatures
-        ingress, egress = (_Rows(one) for one in self.directions)
-        rows = {
-            one: Rows(ingress.at(one), egress.at(one)) for one in sorted({(), *of_class.values(), *of_group})
-        }
-        by_class = {number: rows[one] for number, one in of_class.items()}
-        identities = {identity: by_class[number] for identity, number in universe.class_of.items()}
+        ways = self.directions
+        of_class: dict[int, tuple[_Row, _Row]] = {}
+        for number, one in self.universe.live_classes():
+            signature = self._class_signature(one)
+            of_class[number] = ways[0].row_of(signature), ways[1].row_of(signature)
+        of_group = [(ways[0].row_of(one), ways[1].row_of(one)) for one in self._group_signatures]
+        unknown = ways[0].row_of(()), ways[1].row_of(())
+        pairs = {*of_class.values(), *of_group, unknown}
+        ingress, egress = (_Rows(one) for one in ways)
+        for rows_, at in ((ingress, 0), (egress, 1)):
+            for row in sorted({pair[at] for pair in pairs}):
+                rows_.at(row)
+        rows = {pair: Rows(ingress.at(pair[0]), egress.at(pair[1])) for pair in pairs}
+        by_class = {number: rows[pair] for number, pair in of_class.items()}
+        identities = {identity: by_class[number] for identity, number in self.universe.class_of.items()}
         if HOST in identities and self.localhost:
-            signature = of_class[universe.class_of[HOST]]
-            identities[HOST] = Rows(ingress.at(signature, localhost=True), egress.at(signature))
+            here = ways[0].row_of(self.signature(HOST, self.universe.labels[HOST]), localhost=True)
+            identities[HOST] = Rows(ingress.at(here), identities[HOST].egress)
         return Compiled(
             ingress=ingress.matrix(),
             egress=egress.matrix(),
             rules=self.rules,
             identities=identities,
-            prefixes=prefixes,
-            groups=tuple(rows[one] for one in of_group),
-            unknown=rows[()],
+            prefixes=self._prefixes,
+            groups=tuple(rows[pair] for pair in of_group),
+            unknown=rows[unknown],
             compiler=self,
         )
 
@@ -383,7 +389,8 @@ class Compiler:
         for identity, labels in added.items():
             one = self.signature(identity, labels)
             localhost = identity == HOST and self.localhost
-            found[identity] = Rows(ingress.at(one, localhost=localhost), egress.at(one))
+            here = self.directions[0].row_of(one, localhost=localhost)
+            found[identity] = Rows(ingress.at(here), egress.at(self.directions[1].row_of(one)))
         return replace(
             compiled,
             ingress=ingress.matrix(),
@@ -428,9 +435,9 @@ class _Rows:
         self._rows: list[tuple[int, ...]] = list(known.rows) if known is not None else []
         self._grown = known is None
 
-    def at(self, signature: Signature, *, localhost: bool = False) -> int:
-        """The number of the row of a class."""
-        row = self._direction.row(signature, localhost=localhost)
+    def at(self, wanted: "_Row") -> int:
+        """The number of a row."""
+        row = self._direction.painted(wanted)
         numbers = self._direction.numbers
         number = numbers.get(row)
         if number is None or number >= len(self._rows) or self._rows[number] != row:
@@ -469,63 +476,100 @@ class _Plan(NamedTuple):
     audited: frozenset[int]
 
 
+class _Row(NamedTuple):
+    """What decides the cells of a row: the places of the rules that show in it, and the failsafe entries."""
+
+    rules: tuple[int, ...]
+    failsafe: tuple[int, ...]
+    localhost: bool
+
+
+_OPEN_ROW = _Row((), (), localhost=False)  # of a direction that is not enforced
+
+
 class _Direction:
-    """Paints the rows of one direction."""
+    """Paints the rows of one direction.
+
+    Rules have places: denies before allows, then those with the broadest selectors. Of two rules of equal strength
+    the first shows, so that a narrow rule inside a broad one does not make a row of its own.
+    """
 
     def __init__(self, plan: _Plan) -> None:
         self.plan = plan
         self.numbers: dict[tuple[int, ...], int] = {}  # row -> number in the latest tables
-        self._rows: dict[tuple[frozenset[int], frozenset[int], bool], tuple[int, ...]] = {}
-        self._open = (_ALLOWED,) * plan.columns.count  # not enforced
-        self._by_number = {one.number: one for one in plan.rules}
-        self._anybody = [one.number for one in plan.rules if one.peers is None]
+        self._painted: dict[_Row, tuple[int, ...]] = {}
+        self._placed = sorted(
+            plan.rules, key=lambda one: (not one.rule.deny, _narrowness(one.rule), one.number)
+        )
+        self._reach = [self._covered(one) for one in self._placed]
+        self._anybody = [at for at, one in enumerate(self._placed) if one.peers is None]
         self._by_selector: dict[int, list[int]] = {}
-        for one in plan.rules:
+        for at, one in enumerate(self._placed):
             for selector in one.peers or ():
-                self._by_selector.setdefault(selector, []).append(one.number)
+                self._by_selector.setdefault(selector, []).append(at)
         self._cells = {
             one.number: pack_cell(Verdict.DENY if one.rule.deny else Verdict.ALLOW, one.number)
             for one in plan.rules
         }
 
+    def _covered(self, one: Numbered) -> int:
+        """The columns of a rule as bits; -1 for rules that always show, because they do more than allow or deny."""
+        if self.plan.audited or one.layer7_columns or one.rule.auth in _HANDSHAKE:
+            return -1
+        return sum(1 << column for column in one.columns)
+
     def row(self, signature: Signature, *, localhost: bool) -> tuple[int, ...]:
         """The cells of a class."""
+        return self.painted(self.row_of(signature, localhost=localhost))
+
+    def row_of(self, signature: Signature, *, localhost: bool = False) -> _Row:
+        """Which row a class has; equal for classes that only differ in rules that other rules hide."""
         if not self.plan.enforced:
-            return self._open
-        numbers = set(self._anybody)
+            return _OPEN_ROW
+        places = list(self._anybody)
         by_selector = self._by_selector
         for selector in signature:
-            if selector in by_selector:
-                numbers.update(by_selector[selector])
-        safe = frozenset(
+            places += by_selector.get(selector, ())
+        reach, shown, hidden = self._reach, [], 0
+        for at in sorted(set(places)):
+            bits = reach[at]
+            if bits < 0:
+                shown.append(at)
+            elif bits & ~hidden:
+                shown.append(at)
+                hidden |= bits
+        safe = self.plan.failsafe and tuple(
             at
             for at, (peers, _) in enumerate(self.plan.failsafe)
             if peers is None or not set(peers).isdisjoint(signature)
         )
-        key = (frozenset(numbers), safe, localhost)
-        row = self._rows.get(key)
-        if row is None:
-            row = self._rows[key] = self._painted(*key)
-        return row
+        return _Row(tuple(shown), safe or (), localhost)
 
-    def _painted(self, numbers: frozenset[int], safe: frozenset[int], localhost: bool) -> tuple[int, ...]:
+    def painted(self, row: _Row) -> tuple[int, ...]:
+        """The cells of a row."""
+        cells = self._painted.get(row)
+        if cells is None:
+            cells = self._painted[row] = self._paint_row(row)
+        return cells
+
+    def _paint_row(self, row: _Row) -> tuple[int, ...]:
         plan = self.plan
-        cells = self._paint(sorted(numbers, reverse=True), (plan.enforced, plan.default_deny), localhost)
+        rules = [self._placed[at] for at in reversed(row.rules)]
+        cells = self._paint(rules, (plan.enforced, plan.default_deny), row.localhost)
         if plan.audited:
-            kept = sorted(numbers - plan.audited, reverse=True)
-            cells = _audit(self._paint(kept, plan.without_audited, localhost), cells)
-        for at in safe:
+            kept = [one for one in rules if one.number not in plan.audited]
+            cells = _audit(self._paint(kept, plan.without_audited, row.localhost), cells)
+        for at in row.failsafe:
             for column in plan.failsafe[at][1]:
                 cells[column] = _FAILSAFE
         return tuple(cells)
 
-    def _paint(self, numbers: Sequence[int], state: tuple[bool, bool], localhost: bool) -> list[int]:
-        """Weak before strong, high numbers before low: what is painted last stays."""
+    def _paint(self, found: Sequence[Numbered], state: tuple[bool, bool], localhost: bool) -> list[int]:
+        """Weak before strong, last place before first: what is painted last stays."""
         enforced, default_deny = state
         if not enforced:
             return [_ALLOWED] * self.plan.columns.count
         cells = [self._default(default_deny, localhost)] * self.plan.columns.count
-        found = [self._by_number[number] for number in numbers]
         layer7, auth, denies = [], [], []
         for one in found:
             if one.rule.deny:
@@ -557,6 +601,15 @@ class _Direction:
         if localhost and self.plan.direction is Direction.INGRESS:
             return _LOCALHOST
         return pack_cell(Verdict.DEFAULT_DENY, int(self.plan.direction))
+
+
+def _narrowness(rule: Rule) -> int:
+    """How many conditions a peer has to meet, by the rule's broadest selector."""
+    if rule.peers is None:
+        return 0
+    return min(
+        (len(one.requirements) if isinstance(one, LabelSelector) else 2 for one in rule.peers), default=9
+    )
 
 
 def _audit(enforced: Sequence[int], everything: Sequence[int]) -> list[int]:

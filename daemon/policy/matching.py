@@ -51,6 +51,7 @@ def matches(selector: LabelSelector, labels: LabelSet) -> bool:
     return all(holds(one, labels) for one in selector.requirements)
 
 
+POPULAR_KEY = 8  # selectors that ask about one key only, from which on their answers are remembered
 SPECIAL = 1  # bit of a mask: the identity has labels that prefixes are matched by
 _POSITIVE = {Op.NOT_IN: Op.IN, Op.NOT_EXISTS: Op.EXISTS}
 _WORLD_KEYS = frozenset({"world", "world-ipv4", "world-ipv6"})
@@ -294,16 +295,26 @@ def _true(atom: Requirement, label: Label) -> bool:
     return atom.op is Op.EXISTS or label.value in atom.values
 
 
+@dataclass(slots=True)
+class _OneKey:
+    """Selectors that ask for values of one key only: what they say depends on few atoms, so it is remembered."""
+
+    bits: int
+    members: tuple[int, ...]
+    known: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
 class LabelMatcher:
     """Some label selectors over a universe: from the atoms that hold to the selectors that match.
 
-    A selector waits under the atom it shares with the fewest others, so a class is tested against few of
-    them.
+    Selectors that ask about one popular key are answered by a remembered tuple. Each other one waits under the atom
+    that it shares with the fewest others, so a class is tested against few of them.
     """
 
     def __init__(self, universe: Universe, selectors: Mapping[int, LabelSelector]) -> None:
         self._tests: dict[int, tuple[int, int]] = {}  # number -> bits that must hold, bits that must not
         self._always: list[int] = []  # selectors that need no label
+        by_key: dict[str, list[int]] = {}
         needs: dict[int, list[int]] = {}
         uses: dict[int, int] = {}
         for number, selector in selectors.items():
@@ -317,16 +328,34 @@ class LabelMatcher:
                 else:
                     forbid |= bit
             self._tests[number] = need, forbid
-            if needed:
-                needs[number] = needed
-            else:
-                self._always.append(number)
+            # Pod selectors ask, besides, whether there is a namespace: one bit more to remember by.
+            keys = {one.key for one in selector.requirements if one.op is not Op.EXISTS}
+            if len(keys) == 1:
+                by_key.setdefault(keys.pop(), []).append(number)
+            needs[number] = needed
+        self._one_key = [
+            self._remembered(members) for members in by_key.values() if len(members) >= POPULAR_KEY
+        ]
+        for part in self._one_key:
+            for number in part.members:
+                del needs[number]
         self._waiting: dict[int, list[int]] = {}
         for number, needed in needs.items():
-            self._waiting.setdefault(min(needed, key=lambda bit: (uses[bit], bit)), []).append(number)
+            if needed:
+                least = min(needed, key=lambda bit: (uses[bit], bit))
+                self._waiting.setdefault(least, []).append(number)
+            else:
+                self._always.append(number)
         self._any_waiting = 0
         for bit in self._waiting:
             self._any_waiting |= bit
+
+    def _remembered(self, members: Sequence[int]) -> _OneKey:
+        bits = 0
+        for number in members:
+            need, forbid = self._tests[number]
+            bits |= need | forbid
+        return _OneKey(bits, tuple(members))
 
     def match(self, mask: int) -> list[int]:
         """The numbers of the selectors that match where these atoms hold, each once."""
@@ -336,6 +365,16 @@ class LabelMatcher:
             bit = left & -left
             candidates += self._waiting[bit]
             left ^= bit
+        found = self._tested(candidates, mask)
+        for part in self._one_key:
+            asked = mask & part.bits
+            said = part.known.get(asked)
+            if said is None:
+                said = part.known[asked] = tuple(self._tested(part.members, asked))
+            found += said
+        return found
+
+    def _tested(self, candidates: Iterable[int], mask: int) -> list[int]:
         tests = self._tests
         found = []
         for number in candidates:
