@@ -305,7 +305,7 @@ def parse(raw: bytes, file: str, environment: Mapping[str, str]) -> Config:
         text = raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError([Problem(file, line, 0, "", "not UTF-8 text")]) from None
+        raise ConfigError([Problem(file, line, 1, "", "not UTF-8 text")]) from None
     root = _root(text, file)
     values: dict[str, object] = {}
     if root is not None:
