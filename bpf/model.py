@@ -251,8 +251,8 @@ def _parse_l4(packet: Packet, data: bytes) -> None:
     elif packet.proto == UDP:
         if _be(l4[4:6]) < 8 or (whole and _be(l4[4:6]) > len(l4)):
             raise _Malformed(Reason.BAD_UDPLEN)
-    elif packet.proto == IGMP and packet.family == 4 and whole and packet.dst[0] >> 4 == 14:
-        kind, packet.link = PacketClass.IGMP, True
+    elif packet.proto == IGMP and packet.family == 4 and whole:
+        kind, packet.link = PacketClass.IGMP, packet.dst[0] >> 4 == 14  # to a group
     elif least == 8:
         kind = _parse_icmp(packet, l4)
     if whole or kind in (PacketClass.NDP, PacketClass.MLD):  # those two never come in fragments
@@ -565,11 +565,14 @@ class Host:
         quote = quoted(packet, frame)
         if quote is None:
             return False
+        too_big = _says_too_big(packet)
         if direction is Direction.EGRESS:
-            return _says_too_big(packet) or (quote.dst == packet.src and self._knows_received(quote))
+            if too_big or quote.dst != packet.src:
+                return too_big
+            return self._knows_received(quote) or self._answer_passes(quote, direction, too_big=False)
         if quote.src != packet.dst:
             return False
-        return self._knows_sent(quote) or (_says_too_big(packet) and self._lets_in(quote))
+        return self._knows_sent(quote) or self._answer_passes(quote, direction, too_big=too_big)
 
     def _knows(self, local: bytes, remote: bytes, ports: tuple[int, int], proto: int) -> bool:
         return any(
@@ -583,12 +586,16 @@ class Host:
         ports = (quote.sport, 0) if quote.proto in (ICMP4, ICMP6) else (quote.dport, quote.sport)
         return self._knows(quote.dst, quote.src, ports, quote.proto)
 
-    def _lets_in(self, quote: Quote) -> bool:
-        """Would policy allow the connection whose answer is quoted? Such ones have no entry of their own."""
-        base = {TCP: PORTS_TCP, UDP: PORTS_UDP, SCTP: PORTS_SCTP}.get(quote.proto)
-        if base is None:
+    def _answer_passes(self, quote: Quote, direction: Direction, *, too_big: bool) -> bool:
+        """Would policy alone pass the answer that an ICMP error stands for? Such connections have no entry.
+
+        TCP keeps entries for what this host opens; there this counts for "too big" only.
+        """
+        base = {UDP: PORTS_UDP, SCTP: PORTS_SCTP} | ({TCP: PORTS_TCP} if too_big else {})
+        if quote.proto not in base:
             return False
-        return allows(self.policy.cell(Direction.INGRESS, self.policy.slot(quote.dst), base + quote.sport))
+        remote = quote.dst if direction is Direction.INGRESS else quote.src
+        return allows(self.policy.cell(direction, self.policy.slot(remote), base[quote.proto] + quote.sport))
 
 
 def _says_too_big(packet: Packet) -> bool:

@@ -281,9 +281,9 @@ static __always_inline int same_address(const __be32 *a, const __be32 *b)
 	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
 }
 
-/* Is this ICMP error about a connection of this host? Incoming, it must quote what the host sent from the address that
- * the error went to; a live inbound connection keeps no entry while egress is not enforced, so that for "too big" it is
- * enough that policy lets that connection in.
+/* Is this ICMP error about a connection of this host? Incoming, it must quote what the host sent, from the address that
+ * the error went to. An error stands in for an answer: where answers pass by policy alone, connections have no entry, and
+ * the error passes as the answer would. TCP keeps entries for what we open, so there this holds for "too big" only.
  */
 static __always_inline int is_related(const struct packet *p, const struct scope *s, void *data, void *end)
 {
@@ -312,10 +312,10 @@ static __always_inline int is_related(const struct packet *p, const struct scope
 	}
 	if (flow_find(&f, CT_ORIGIN_OUT) || flow_find(&f, CT_ORIGIN_IN))
 		return 1;
-	if (s->direction == EGRESS)
-		return is_mtu_error(p);
-	if (!is_mtu_error(p) || (q.proto != PROTO_TCP && q.proto != PROTO_UDP && q.proto != PROTO_SCTP))
+	if (s->direction == EGRESS && is_mtu_error(p))
+		return 1;
+	if (q.proto != PROTO_UDP && q.proto != PROTO_SCTP && !(q.proto == PROTO_TCP && is_mtu_error(p)))
 		return 0;
 	index = q.proto == PROTO_TCP ? PORTS_TCP : q.proto == PROTO_UDP ? PORTS_UDP : PORTS_SCTP;
-	return allows(cell_of(s, INGRESS, slot_of(p, q.dst, s->flags), index + be16(q.sport)));
+	return allows(cell_of(s, s->direction, slot_of(p, f.remote, s->flags), index + be16(q.sport)));
 }

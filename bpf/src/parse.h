@@ -228,9 +228,9 @@ static __always_inline int parse_l4(struct packet *p, void *data, void *end)
 	} else {
 		class = CLASS_OTHER_L4;
 		p->port_index = PORTS_PROTOCOL + p->proto;
-		if (whole && p->family == 4 && p->proto == PROTO_IGMP && (p->dst[0] & be32(0xf0000000)) == be32(0xe0000000)) {
+		if (whole && p->family == 4 && p->proto == PROTO_IGMP) {
 			class = CLASS_IGMP;
-			p->link = 1;
+			p->link = (p->dst[0] & be32(0xf0000000)) == be32(0xe0000000);
 		}
 	}
 	if (!p->class)

@@ -277,6 +277,20 @@ def test_an_icmp_error_must_go_to_the_address_that_the_quoted_packet_came_from(r
     assert not rig.run(Hook.XDP, frames.icmp_error(STRANGER, US, 3, 1, ours)).passes
 
 
+@pytest.mark.parametrize(("us", "friend", "stranger"), FAMILIES)
+def test_an_icmp_error_passes_where_the_answer_would(rig: Rig, us: str, friend: str, stranger: str) -> None:
+    kind, code = (3, 3) if "." in us else (1, 4)
+    ours = frames.udp(us, friend, 53, 40000)  # friends may send to port 53, so this made no entry
+    rig.run(Hook.TCX_EGRESS, ours)
+    assert rig.run(Hook.XDP, frames.icmp_error(friend, us, kind, code, ours)).passes
+    assert not rig.run(
+        Hook.XDP, frames.icmp_error(friend, us, kind, code, frames.udp(us, friend, 54, 1))
+    ).passes
+    assert not rig.run(
+        Hook.XDP, frames.icmp_error(friend, us, kind, code, frames.udp(us, stranger, 53, 1))
+    ).passes
+
+
 @pytest.mark.parametrize("hook", INGRESS_HOOKS)
 @pytest.mark.parametrize(("us", "friend", "stranger"), FAMILIES)
 def test_packet_too_big_arrives_for_connections_that_policy_lets_in(
