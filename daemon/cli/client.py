@@ -43,7 +43,7 @@ def ask(options: argparse.Namespace, target: str, method: str = "GET", **query: 
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise DaemonError(_unreachable(path, error)) from None
+        raise DaemonError(unreachable(path, error)) from None
     finally:
         connection.close()
     if response.status != 200:
@@ -51,7 +51,8 @@ def ask(options: argparse.Namespace, target: str, method: str = "GET", **query: 
     return body
 
 
-def _unreachable(path: str, error: Exception) -> str:
+def unreachable(path: str, error: Exception) -> str:
+    """Why there was no answer, and the cure."""
     if isinstance(error, FileNotFoundError | ConnectionRefusedError):
         return f"no daemon answers at {path}: start it with `systemctl start meshwalld`"
     if isinstance(error, PermissionError):

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from daemon.cli.client import socket_path, unreachable
 from daemon.model.identity import Reserved
 
 DEFAULT_NUMBER = 20
-DEFAULT_SOCKET = "/run/meshwall/meshwall.sock"
 
 Json = dict[str, Any]  # filters as they are sent
 
@@ -230,16 +230,16 @@ def query(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0, 1 when the daemon cannot be reached, 2 for a request that makes no sense."""
+    """Exit status 0, 1 when the daemon cannot be reached or goes away, 2 for a request that makes no sense."""
     from http.client import HTTPException  # noqa: PLC0415 - costs 20 ms, which --help need not wait for
 
     from daemon.cli.flowlines import Style, printable, show, stream  # noqa: PLC0415
 
-    path = getattr(args, "socket", None) or os.environ.get("MESHWALL_SOCKET") or DEFAULT_SOCKET
+    path = socket_path(args)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     style = Style(colour=colour, numeric=args.numeric, node=args.print_node_name)
     try:
-        show(stream(str(path), query(args)), args.output, style, follow=args.follow)
+        show(stream(path, query(args)), args.output, style, follow=args.follow)
     except ValueError as error:
         print(f"meshwall observe: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -247,8 +247,10 @@ def run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, HTTPException) as error:
-        print(f"meshwall observe: {path}: {error}; is meshwalld running?", file=sys.stderr)
+        print(f"meshwall observe: {unreachable(path, error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    if args.follow:
+        print("meshwall observe: the daemon has ended; nothing more will come", file=sys.stderr)
+    return 1 if args.follow else 0

@@ -229,7 +229,7 @@ def test_no_daemon_is_one_clear_line(capsys, tmp_path):
     args = parse("observe")
     args.socket = str(tmp_path / "none")
     assert flows.run(args) == 1
-    assert "is meshwalld running?" in capsys.readouterr().err
+    assert "no daemon answers at" in capsys.readouterr().err
 
 
 names = st.text(max_size=12)

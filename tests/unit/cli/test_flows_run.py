@@ -93,6 +93,12 @@ async def test_what_the_daemon_refuses_is_told_with_its_reason(observe, capsys):
     assert await observe("--first", "3", "--last", "2") == 2
 
 
+async def test_a_follower_learns_that_the_daemon_has_ended(observe, pipeline, capsys):
+    asyncio.get_running_loop().call_later(0.3, pipeline.store.close)
+    assert await observe("-f", "--last", "1") == 1
+    assert "the daemon has ended" in capsys.readouterr().err
+
+
 async def test_a_reader_that_goes_away_is_no_error(path):
     command = (
         "import argparse; from daemon.cli import flows; "
