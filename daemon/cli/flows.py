@@ -240,6 +240,7 @@ def run(args: argparse.Namespace) -> int:
     style = Style(colour=colour, numeric=args.numeric, node=args.print_node_name)
     try:
         show(stream(path, query(args)), args.output, style, follow=args.follow)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except ValueError as error:
         print(f"meshwall observe: {printable(str(error))}", file=sys.stderr)
         return 2
