@@ -244,7 +244,7 @@ class Daemon:
         yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
         yield from mesh.routes(self.tables)
         yield from flows.routes(self._pipeline)
-        yield from metrics.routes(self._pipeline, self.tables)
+        yield from metrics.routes(self._pipeline, self.tables, self._watch.stalls)
 
     # -- what others see of us
 

@@ -24,6 +24,7 @@ from daemon.model.flow import DROP_TEXT, FIXED_RULES, FlowType, LostSource, rule
 from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Reserved
 from daemon.model.net import Direction, Proto
 from daemon.model.rule import RuleOrigin
+from daemon.runtime.loopwatch import Stalls
 from daemon.state.tables import Tables
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -56,13 +57,13 @@ class Family(NamedTuple):
     samples: Sequence[Sample]
 
 
-def routes(pipeline: FlowPipeline, tables: Tables) -> list[web.RouteDef]:
+def routes(pipeline: FlowPipeline, tables: Tables, stalls: Stalls) -> list[web.RouteDef]:
     """The handler, to be added to the application."""
 
     async def metrics(_: web.Request) -> web.StreamResponse:
         rules = [*FIXED_RULES, *tables.rules]
         counted = await asyncio.to_thread(_counted, pipeline.pins, rules)
-        text = exposition(families(pipeline, tables, counted))
+        text = exposition([*families(pipeline, tables, counted), *loop_families(stalls)])
         return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     return [web.get("/metrics", metrics)]
@@ -312,6 +313,15 @@ def _identity_kind(identity: int) -> str:
     if identity >= REMOTE_NODE_SCOPE:
         return "remote_node"
     return "node_local" if identity >= LOCAL_SCOPE else "cluster_local"
+
+
+def loop_families(stalls: Stalls) -> Iterator[Family]:
+    """How long the event loop stood still: the daemon was deaf for so long, the data path was not."""
+    yield Family("meshwall_loop_stalls_total", "counter", "Stalls of 0.1 s and more", [({}, stalls.count)])
+    yield Family("meshwall_loop_stall_seconds_total", "counter", "Their sum", [({}, stalls.total_s)])
+    yield Family(
+        "meshwall_loop_worst_stall_seconds", "gauge", "The worst since start", [({}, stalls.worst_s)]
+    )
 
 
 def _process(started_ns: int) -> Iterator[Family]:

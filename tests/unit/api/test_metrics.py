@@ -3,15 +3,18 @@
 import re
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from bpf.layout import EVENT, EventKind, Reason
-from daemon.api.metrics import Counted, Family, exposition, families
+from daemon.api.metrics import Counted, Family, exposition, families, loop_families, routes
 from daemon.flows.counters import Hits
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction
 from daemon.model.rule import RuleOrigin
+from daemon.runtime.loopwatch import Stalls
 from daemon.state.tables import HostRow, IdentityRow, NodeKey, NodeRow, StatusRow, Tables
 
 
@@ -104,6 +107,20 @@ def test_remote_clusters_are_told_one_by_one(told, tables):
     ready = "cilium_clustermesh_remote_cluster_readiness_status"
     assert f'{ready}{{{here},target_cluster="beta"}} 1\n{ready}{{{here},target_cluster="gamma"}} 0\n' in text
     assert f'cilium_clustermesh_remote_cluster_nodes{{{here},target_cluster="beta"}} 1\n' in text
+
+
+def test_stalls_of_the_loop_are_told():
+    text = exposition(loop_families(Stalls(count=2, worst_s=0.5, total_s=0.75)))
+    assert "meshwall_loop_stalls_total 2\n" in text
+    assert "meshwall_loop_stall_seconds_total 0.75\n" in text
+
+
+async def test_the_text_is_served(tables, tmp_path):
+    app = web.Application()
+    app.add_routes(routes(FlowPipeline(tables, tmp_path), tables, Stalls()))
+    async with TestServer(app) as server, TestClient(server) as client, client.get("/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert "meshwall_loop_stalls_total 0" in await response.text()
 
 
 def test_every_line_is_a_comment_or_a_sample(told):
