@@ -63,8 +63,8 @@ _SOURCE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _PREFIX_LENGTH = re.compile(r"0|[1-9][0-9]{0,2}")
 _NUMBER = re.compile(r"[0-9]+")
 _PORT_NAME = re.compile(r"(?=.{1,15}\Z)(?=.*[A-Za-z])[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*")
-_FQDN_NAME = re.compile(r"(?:[-a-zA-Z0-9_]+[.]?)+")
-_FQDN_PATTERN = re.compile(r"(?:[-a-zA-Z0-9_*]+[.]?)+")
+_FQDN_NAME = re.compile(r"[-a-zA-Z0-9_]+(?:[.][-a-zA-Z0-9_]+)*[.]?")
+_FQDN_PATTERN = re.compile(r"[-a-zA-Z0-9_*]+(?:[.][-a-zA-Z0-9_*]+)*[.]?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -627,8 +627,6 @@ class _Policies(Reader):
         """Checked, and for now matching nobody: no table of services exists to resolve them."""
         for item, at in listed:
             fields = self.mapping(item, at, ("k8sService", "k8sServiceSelector"))
-            if item.kind == "mapping" and not fields:
-                self.fail(item, at, "expected k8sService or k8sServiceSelector")
             if "k8sService" in fields:
                 named = self.mapping(fields["k8sService"], f"{at}.k8sService", ("serviceName", "namespace"))
                 for name, value in named.items():
@@ -894,7 +892,12 @@ class _Policies(Reader):
             "http": ("path", "method", "host", "headers", "headerMatches"),
             "kafka": ("role", "apiKey", "apiVersion", "clientID", "topic"),
         }[kind]
-        for name, value in self.mapping(node, path, names).items():
+        fields = self.mapping(node, path, names)
+        if kind == "kafka" and "role" in fields:
+            self.choice(fields["role"], f"{path}.role", ("produce", "consume"))
+            if "apiKey" in fields:
+                self.fail(fields["apiKey"], f"{path}.apiKey", "cannot be combined with role")
+        for name, value in fields.items():
             at = f"{path}.{name}"
             if name == "headers":
                 for item, where in self.items(value, at):

@@ -209,6 +209,16 @@ def test_twenty_thousand_mutations_stay_within_time_and_memory():
         "---\n" * 250_000,
         "a: |\n" + "  x\n" * 250_000,
         "kind: CiliumNetworkPolicy\nspec: {ingress: [" + "{fromEntities: [wurld]}," * 30_000 + "]}",
+        KUBELET.replace("kubelet", "a" * 250 + "!"),
+        KUBELET.replace(
+            "  ingress:\n",
+            "  egress: [{toFQDNs: [{matchName: "
+            + "a" * 250
+            + "!}, {matchPattern: '"
+            + "a*" * 120
+            + "!'}]}]\n  ingress:\n",
+        ),
+        KUBELET.replace("10250", "a" * 1_000_000 + "!").replace("metrics-server", "a" * 1000 + "!"),
         "kind: CiliumNetworkPolicy\nspec: {" + ",".join(f"field{at}: 1" for at in range(30_000)) + "}",
     ],
 )
