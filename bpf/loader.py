@@ -76,7 +76,7 @@ def source_text(fds: Mapping[str, int], sizes: layout.Sizes, features: Features,
     numbers |= {"SLOTS": sizes.slots, "HZ": features.hz}
     lines = [f"#define {name} {value}u" for name, value in numbers.items()]
     lines.append(f"#define COOKIE {cookie}ull")
-    length = "bpf_xdp_get_buff_len(ctx)" if features.xdp_frags else "(ctx->data_end - ctx->data)"
+    length = "xdp_buff_len(ctx)" if features.xdp_frags else "(ctx->data_end - ctx->data)"
     lines.append(f"#define XDP_LENGTH(ctx) {length}")
     lines += [f'#line 1 "{name}"\n{(HERE / "src" / name).read_text(encoding="ascii")}' for name in SOURCES]
     lines.append(f'#line 1 "layout.py"\n{layout.static_asserts()}')

@@ -44,6 +44,9 @@ struct event {
 /* The address of the only entry, put into the instructions by the verifier: no look-up. */
 #define CONFIG ((struct config *)bpf_pseudo_fd(2, FD_config))
 
+/* Releases of bcc before the kernel's 5.18 do not declare it. */
+static __u64 (*xdp_buff_len)(struct xdp_md *ctx) = (void *)188;
+
 #define INGRESS 0
 #define EGRESS 1
 
