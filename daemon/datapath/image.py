@@ -185,12 +185,14 @@ class Image:
             one: tables.unknown if who is None else tables.rows_of(who) for one, who in self.managed.items()
         }
         now = _Longest({**_WORLD_SLOTS, **self._named, **self.addresses.slots})
-        then: _Longest[int | Rows] = _Longest({**owners, **tables.prefixes})
+        then: _Longest[int | Rows] = _Longest({**tables.prefixes, **owners})
         found = _Pairs({}, {}, {})
         taken: dict[tuple[int, int, int | Rows], int] = {}
         heirs = {SLOT_HOST, SLOT_UNKNOWN, *self._slot_of.values()}  # a slot of an identity stays that
         for prefix in sorted({*self._named, *tables.prefixes, WORLD4, WORLD6}, key=lambda one: one.length):
-            old, target = now.of(prefix), then.of(prefix)
+            old = now.of(prefix)
+            named = tables.prefixes.get(prefix)
+            target = then.of(prefix) if named is None else named
             key = (prefix.family, old, target)
             slot = taken.get(key)
             if slot is None:

@@ -63,7 +63,7 @@ class Ip4Blocks:
         return found
 
     def change(self, put: Mapping[Prefix, int], delete: Iterable[Prefix]) -> Painted:
-        """Prefixes come, move to another slot and go; hosts only if `adopt` found them. Raises BlocksFull, nothing changed."""
+        """Prefixes come, move and go; hosts only if `adopt` found them. Raises BlocksFull with nothing changed."""
         short, dirty = dict(self._short), set[int]()
         long: dict[int, dict[Prefix, int]] = {}
         for prefix in delete:

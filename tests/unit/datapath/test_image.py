@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bpf.layout import sized
 from daemon.datapath.image import Image
-from daemon.datapath.ops import TableFull
+from daemon.datapath.ops import Op, Store, TableFull
 from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, Prefix, parse_prefix
@@ -62,6 +62,7 @@ PROBES = [
         "2001:db8:1:2::9",
     )
 ]  # fmt: skip
+ROOTS = {one.address >> 16 for one in PROBES if one.family == 4}
 PORTS = [(6, 443), (17, 25), (47, -1)]
 
 
@@ -125,6 +126,16 @@ def everything(
     return {(peer, *one): meaning(tables, owned, peer, *one) for peer in PROBES for one in PORTS}
 
 
+def elsewhere(op: Op) -> bool:
+    """A root entry of a /16 that no probe is in: a wide prefix stores hundreds of them, which nothing here reads."""
+    return (
+        isinstance(op, Store)
+        and op.table == "ip4_blocks"
+        and len(op.data) == 4
+        and op.offset // 4 not in ROOTS
+    )
+
+
 def read(kernel: Kernel, generation: int) -> dict[tuple[Prefix, int, int], Verdict | None]:
     return {
         (peer, *one): kernel.verdict(generation, Direction.INGRESS, peer, *one)
@@ -133,7 +144,7 @@ def read(kernel: Kernel, generation: int) -> dict[tuple[Prefix, int, int], Verdi
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(documents(), min_size=2, max_size=4))
 def test_every_store_of_a_policy_switch_leaves_the_old_verdicts_or_the_new_ones(history):
     kernel, image = Kernel(SIZES), Image(SIZES)
@@ -145,6 +156,8 @@ def test_every_store_of_a_policy_switch_leaves_the_old_verdicts_or_the_new_ones(
         generation = image.generation
         for op in image.switch(tables):
             kernel.make(op)
+            if elsewhere(op):
+                continue
             flipped = kernel.config("generation") != generation
             if flipped:
                 assert read(kernel, generation + 1) == after
@@ -154,7 +167,7 @@ def test_every_store_of_a_policy_switch_leaves_the_old_verdicts_or_the_new_ones(
     assert image.addresses.slots.keys() <= {*OWNED, *tables.prefixes}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(documents(), st.lists(st.tuples(st.sampled_from(PROBES + [parse_prefix(c) for c in CIDRS[1:3]]),
                                        st.sampled_from([WEB, DB, None, "gone"])), max_size=12))  # fmt: skip
 def test_addresses_that_come_move_and_go_get_the_verdicts_of_their_owner(specs, moves):
@@ -174,12 +187,14 @@ def test_addresses_that_come_move_and_go_get_the_verdicts_of_their_owner(specs, 
         after = everything(tables, owned)
         for op in ops:
             kernel.make(op)
+            if elsewhere(op):
+                continue
             now = read(kernel, image.generation)
             assert all(now[one] in (before[one], after[one]) for one in now)
         assert read(kernel, image.generation) == after
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(documents(), documents())
 def test_a_new_process_takes_over_what_the_old_one_left(first, second):
     kernel, image = Kernel(SIZES), Image(SIZES)
@@ -196,6 +211,8 @@ def test_a_new_process_takes_over_what_the_old_one_left(first, second):
         assert read(kernel, image.generation) == before
     for op in heir.switch(compiled(second)):
         kernel.make(op)
+        if elsewhere(op):
+            continue
         now = kernel.config("generation")
         assert read(kernel, now) == (before if now == image.generation else after)
 
