@@ -1,4 +1,4 @@
-"""Flows a second and core, stage by stage: `python tests/bench/flows.py [COUNT]`. No root, no kernel.
+"""Flows a second and core, stage by stage: `./dev bench flows [COUNT]`. No root, no kernel.
 
 The last two stages are done for flows that somebody looks at; the first two for every event.
 """
