@@ -117,6 +117,18 @@ def _put(pins: Path, ifindex: int, hook: Hook, flags: int = 0) -> None:
             os.close(link)
 
 
+def _clsact_mark(pins: Path, ifindex: int) -> Path:
+    return home(pins) / "links" / f"{ifindex}-clsact"
+
+
+def _mark_clsact(pins: Path, ifindex: int, program: int) -> None:
+    """Filters have no link to pin; a pin of the program tells later runs that this device has ours."""
+    mark = _clsact_mark(pins, ifindex)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.unlink(missing_ok=True)
+    obj_pin(program, mark)
+
+
 def _xdp(mode: str) -> Hook:
     """The pin's name tells the XDP mode, which the kernel's link info does not."""
     return Hook(f"xdp-{mode}", XDP.program, XDP.attach_type)
@@ -173,6 +185,7 @@ def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
             _opened(home(pins) / "progs" / EGRESS.program) as egress,
         ):
             clsact.attach(ifindex, ingress, egress)
+            _mark_clsact(pins, ifindex, ingress)
         by = "clsact"
     mode, note = _attach_xdp(pins, ifindex, xdp)
     return Attachment(ifindex, ingress=True, egress=True, xdp=mode, by=by, note=note)
@@ -194,6 +207,7 @@ def detach(pins: Path, ifindex: int) -> None:
     _remove(_link_path(pins, ifindex, INGRESS))
     if not has_tcx():
         clsact.detach(ifindex)
+        _clsact_mark(pins, ifindex).unlink(missing_ok=True)
 
 
 def _on(pins: Path, ifindex: int, hook: Hook) -> bool:

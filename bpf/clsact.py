@@ -64,16 +64,14 @@ def detach(ifindex: int) -> None:
 
 def status(ifindex: int) -> tuple[bool, bool]:
     """Are our filters on ingress and on egress?"""
-    from pyroute2 import IPRoute  # noqa: PLC0415
+    from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415
+
+    def ours(netlink: "IPRoute", parent: int, name: str) -> bool:
+        found = (one.get_attr("TCA_OPTIONS") for one in netlink.get_filters(ifindex, parent=parent))
+        return any(options is not None and options.get_attr("TCA_BPF_NAME") == name for options in found)
 
     with IPRoute() as netlink:
-        ingress, egress = (
-            any(
-                options is not None and options.get_attr("TCA_BPF_NAME") == name
-                for options in (
-                    one.get_attr("TCA_OPTIONS") for one in netlink.get_filters(ifindex, parent=parent)
-                )
-            )
-            for parent, name in ((INGRESS_PARENT, INGRESS_NAME), (EGRESS_PARENT, EGRESS_NAME))
-        )
-    return ingress, egress
+        try:
+            return ours(netlink, INGRESS_PARENT, INGRESS_NAME), ours(netlink, EGRESS_PARENT, EGRESS_NAME)
+        except NetlinkError:
+            return False, False  # no such device, or no qdisc on it

@@ -507,6 +507,25 @@ def test_clsact_filters_give_the_same_verdicts(cable: Cable) -> None:
     os.close(egress)
 
 
+def test_without_tcx_attach_falls_back_to_clsact_and_remembers_the_device(
+    cable: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach, "has_tcx", lambda: False)
+    assert cable.attach(XdpMode.NATIVE) == attach.Attachment(cable.ifindex, True, True, "native", "clsact")
+    with inside(cable.us):
+        assert attach.status(cable.pins, cable.ifindex).by == "clsact"
+        assert attach.attached_devices(cable.pins) == [cable.ifindex]
+    with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
+        client.sendto(b"x", (US, ALLOWED))
+        client.sendto(b"x", (US, DENIED))
+        assert (waiting(allowed), waiting(denied)) == (1, 0)
+    with inside(cable.us):
+        attach.detach(cable.pins, cable.ifindex)
+        assert clsact.status(cable.ifindex) == (False, False)
+        assert clsact.status(9_999) == (False, False)
+        assert attach.attached_devices(cable.pins) == []
+
+
 def test_a_device_that_comes_back_under_its_old_index_gets_new_links(cable: Cable) -> None:
     cable.attach(XdpMode.NATIVE)
     index = cable.ifindex
