@@ -24,8 +24,8 @@ A test file holds documents of kind `PolicyTest` (docs/policy.md tells the forma
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import NamedTuple
-from xml.sax.saxutils import escape, quoteattr
 
 from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_name
 from daemon.model.labels import K8S, RESERVED, Label, LabelSet, parse_label
@@ -146,16 +146,21 @@ def junit(outcomes: Sequence[Outcome]) -> str:
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', "<testsuites>"]
     for name, members in by_suite.items():
         failed = sum(bool(one.failure) for one in members)
-        lines.append(f'<testsuite name={quoteattr(name)} tests="{len(members)}" failures="{failed}">')
+        lines.append(f'<testsuite name="{_xml(name)}" tests="{len(members)}" failures="{failed}">')
         for one in members:
-            where = f'file={quoteattr(one.file)} line="{one.line}"'
-            lines.append(f"<testcase name={quoteattr(one.title)} classname={quoteattr(name)} {where}>")
+            where = f'file="{_xml(one.file)}" line="{one.line}"'
+            lines.append(f'<testcase name="{_xml(one.title)}" classname="{_xml(name)}" {where}>')
             if one.failure:
                 first = one.failure.splitlines()[0]
-                lines.append(f"<failure message={quoteattr(first)}>{escape(one.failure)}</failure>")
+                lines.append(f'<failure message="{_xml(first)}">{_xml(one.failure)}</failure>')
             lines.append("</testcase>")
         lines.append("</testsuite>")
     return "\n".join([*lines, "</testsuites>", ""])
+
+
+def _xml(text: str) -> str:
+    """Text for an attribute or element; characters that XML cannot hold become `?`."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
 
 
 @dataclass(slots=True)

@@ -52,6 +52,7 @@ def matches(selector: LabelSelector, labels: LabelSet) -> bool:
 
 
 POPULAR_KEY = 8  # selectors that ask about one key only, from which on their answers are remembered
+MAX_STALE = 10_000  # identities that went or changed, from which on the index is made anew
 SPECIAL = 1  # bit of a mask: the identity has labels that prefixes are matched by
 _POSITIVE = {Op.NOT_IN: Op.IN, Op.NOT_EXISTS: Op.EXISTS}
 _WORLD_KEYS = frozenset({"world", "world-ipv4", "world-ipv6"})
@@ -197,7 +198,7 @@ class Universe:
             if self.labels.pop(identity, None) is not None:
                 self._sizes[self.class_of.pop(identity)] -= 1
                 self._stale += 1
-        if self._stale > len(self.labels) + 10_000:
+        if self._stale > len(self.labels) + MAX_STALE:
             self._forget_stale()
         holders, by_name = self._holders, self._by_name
         for identity, labels in added.items():
@@ -217,12 +218,11 @@ class Universe:
                 held.append(identity)
 
     def _forget_stale(self) -> None:
-        """Churn must not grow memory: count who holds which label anew."""
+        """Churn must not grow memory: group everything anew."""
+        labels, self.labels, self.class_of = self.labels, {}, {}
+        self.classes, self._numbers, self._sizes = [], {}, []
         self._holders, self._by_name, self._masks, self._stale = {}, {}, {}, 0
-        for identity, labels in self.labels.items():
-            for label in labels:
-                self._holders.setdefault(label, []).append(identity)
-                self._by_name.setdefault(label.key, set()).add(label)
+        self.change(labels, ())
 
     def live_classes(self) -> list[tuple[int, Class]]:
         """The classes that have members."""

@@ -130,3 +130,16 @@ def test_a_whole_protocol_matches_packets_without_ports_and_a_range_does_not():
     assert answer(tables, tables.unknown, 17)[0] is Verdict.ALLOW
     assert answer(tables, tables.unknown, 6)[0] is Verdict.DEFAULT_DENY
     assert answer(tables, tables.unknown, 47)[0] is Verdict.DEFAULT_DENY
+
+
+def test_churn_of_identities_grows_no_memory():
+    rule = {"fromEndpoints": [{"matchLabels": {"app": "web"}}]}
+    tables = compile_policy(policies(ingress(rule)), {}, HOST, PODS, CompileSettings())
+    universe = tables.compiler.universe
+    for at in range(25_000):
+        labels = parse_labels([f"cidr:10.{at >> 8}.{at & 255}.0/24", "reserved:world-ipv4", f"k8s:pod=p{at}"])
+        universe.change({Identity(1 << 24 | at): labels}, [Identity(1 << 24 | at - 1)])
+    assert len(universe.labels) == 2
+    assert len(universe.classes) < 12_000
+    tables = compile_policy(policies(ingress(rule)), {}, HOST, PODS, CompileSettings(), previous=tables)
+    assert answer(tables, tables.identities[POD], 6, 80) == (Verdict.ALLOW, FIRST_RULE)
