@@ -255,6 +255,12 @@ class Config(Section):
         ]
         return (*self.failsafe, *(one for one in ports if one not in self.failsafe))
 
+    @field_validator("xdp", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, xdp: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if xdp is False else xdp
+
     @field_validator("clusters")
     @classmethod
     def _ids(cls, clusters: dict[str, int]) -> dict[str, int]:

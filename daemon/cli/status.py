@@ -96,8 +96,10 @@ def _rows(found: Json, paint: _Paint, *, verbose: bool) -> list[tuple[str, Seque
     where = (
         f"{found['node']} in cluster {cluster['name']} (id {cluster['id']})" if cluster else "not known yet"
     )
-    resident = found["resident_bytes"] / (1 << 20)
-    up = f"meshwalld {found['version']}, up {span(found['uptime_s'])}, {resident:.0f} MiB resident"
+    memory = found["memory"]
+    own = (memory["resident"] - memory["kernel_tables"]) >> 20
+    up = f"meshwalld {found['version']}, up {span(found['uptime_s'])}, {own} MiB"
+    up += f" and {memory['kernel_tables'] >> 20} MiB of kernel tables"
     return [
         ("host", [printable(where)]),
         ("daemon", [f"{up}; {_loop(found['event_loop'])}"]),

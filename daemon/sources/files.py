@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,17 +215,14 @@ class PolicyFiles:
         tables = self._tables
         tables.policies.replace(now.policies)
         tables.cidr_groups.replace(now.groups)
-        ours = {
-            key
-            for key in tables.problems
-            if Path(key).parent == self._directory or key == str(self._directory)
-        }
-        wanted = {str(self._directory / name): found for name, found in now.problems.items()}
+        ours = {key for key in tables.problems if Path(key).parent == self._directory}
+        findings = {str(self._directory / name): found for name, found in now.problems.items()}
+        tables.problems.replace(findings, within=ours)
+        texts = {str(one) for found in findings.values() for one in found}
         if self._held.waiting or self._fault:
-            wanted[str(self._directory)] = (Problem(str(self._directory), 0, 0, "", self._directory_text()),)
-        tables.problems.replace(wanted, within=ours)
-        self._log(found for problems in wanted.values() for found in problems)
-        self._status(len(now.policies), len(now.groups), sum(map(len, wanted.values())))
+            texts.add(f"{self._directory} {self._directory_text()}")
+        self._log(texts)
+        self._status(len(now.policies), len(now.groups), sum(map(len, findings.values())))
         tables.policies.mark_synced()
         tables.cidr_groups.mark_synced()
         try:
@@ -239,9 +235,8 @@ class PolicyFiles:
         what = self._fault or "holds no policy any more"
         return f"{what}; the {count} policies it held stay enforced" if count else what
 
-    def _log(self, problems: Iterable[Problem]) -> None:
+    def _log(self, texts: set[str]) -> None:
         """Each finding once, for as long as it lasts."""
-        texts = {str(one) for one in problems}
         for text in sorted(texts - self._told):
             log.warning("%s", text)
         if self._told and not texts:
@@ -252,12 +247,12 @@ class PolicyFiles:
         files = len(self._held.files)
         text = f"{policies} policies, {groups} CIDR groups in {files} files of {self._directory}"
         hint = ""
-        ok = not problems
+        ok = not (problems or self._held.waiting or self._fault)
         if self._held.waiting:
             text = f"{self._directory} {self._directory_text()}"
             hint = "put the files back, or confirm with: meshwall policy accept-empty"
         elif self._fault:
-            text = f"{self._directory}: {self._directory_text()}"
+            text = f"{self._directory} {self._directory_text()}"
             hint = f"check with: ls -ld {self._directory}"
         elif problems:
             text = f"{text}; {problems} findings"
