@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -120,7 +121,10 @@ class Links:
 
 
 def cleanup(pins: Path) -> list[str]:
-    """Remove all enforcement: links, programs, maps of every layout version. Returns what was removed, for people."""
+    """Remove all enforcement: links, programs, maps of this layout version, and the file system that held them.
+
+    Returns what was removed, for people. OSError when something stayed.
+    """
     done = []
     for index in attach.attached_devices(pins):
         attach.detach(pins, index)
@@ -133,7 +137,19 @@ def cleanup(pins: Path) -> list[str]:
             path.unlink()
             done.append(f"removed {path}")
         directory.rmdir()
+    if _only_ours(pins):
+        umount = subprocess.run(["umount", str(pins)], check=False, capture_output=True, text=True)
+        if umount.returncode:
+            raise OSError(f"enforcement is removed, but {umount.stderr.strip()}")
+        done.append(f"unmounted {pins}")
     return done
+
+
+def _only_ours(pins: Path) -> bool:
+    """Is it the top of a bpf file system that holds nothing but what the kernel itself puts there?"""
+    if not pins.is_dir() or not os.path.ismount(pins):
+        return False
+    return all(path.suffix == ".debug" for path in pins.iterdir())
 
 
 def loaded(pins: Path) -> bool:
