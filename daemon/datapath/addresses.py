@@ -4,7 +4,17 @@ from array import array  # noqa: TC003 - beside its users
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from bpf.layout import BLOCK_ENTRIES, IP4_KEY, IP6_KEY, NET6_KEY, PEER, PREFIX6_KEY, ConfigFlag, Sizes
+from bpf.layout import (
+    BLOCK_ENTRIES,
+    IP4_KEY,
+    IP6_KEY,
+    NET6_KEY,
+    PEER,
+    PREFIX6_KEY,
+    SLOT_HOST,
+    ConfigFlag,
+    Sizes,
+)
 from daemon.datapath.ip4 import Ip4Blocks, Painted
 from daemon.datapath.ops import Drop, Op, Put, Store, TableFull
 from daemon.model.net import WORLD4, WORLD6, Prefix
@@ -66,6 +76,8 @@ class Addresses:
             if self.slots.get(one) != slot and one not in (WORLD4, WORLD6)
         }
         gone = [one for one in delete if one in self.slots and one not in put]
+        own = {one for one, slot in fresh.items() if slot == SLOT_HOST and one.width == 32 and one.is_host}
+        self._pieces |= own - self.slots.keys()
         self._check_room(fresh)
         painted = self._blocks.change(
             {one: slot for one, slot in fresh.items() if self._in_blocks(one)}, filter(self._in_blocks, gone)
@@ -94,7 +106,7 @@ class Addresses:
 
     def _check_room(self, fresh: Mapping[Prefix, int]) -> None:
         new = [one for one in fresh if one not in self.slots]
-        hosts4 = sum(1 for one in new if one.family == 4 and one.is_host)
+        hosts4 = sum(1 for one in new if one.family == 4 and not self._in_blocks(one))
         hosts6 = sum(1 for one in new if one.family == 6 and one.is_host)
         other6 = sum(1 for one in new if one.family == 6 and not one.is_host)
         for table, needed, size in (
