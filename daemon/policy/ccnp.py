@@ -340,7 +340,8 @@ class _Policies(Reader):
             self.fail(node, path, f"expected exactly one of endpointSelector and nodeSelector, {found}")
             return SubjectKind.ENDPOINT, LabelSelector()
         where = f"{path}.{given[0]}"
-        selector = self.selector(fields[given[0]], where)
+        pinned = policy.namespace if given[0] == "endpointSelector" else ""
+        selector = self.selector(fields[given[0]], where, namespace=pinned)
         if given[0] == "nodeSelector":
             if policy.kind == CNP:
                 self.fail(
@@ -349,7 +350,7 @@ class _Policies(Reader):
             return SubjectKind.NODE, selector
         if policy.kind == CNP and lower.mentions_reserved(selector, "init"):
             self.fail(fields["endpointSelector"], where, f"reserved:init has no namespace: use {CCNP}")
-        return SubjectKind.ENDPOINT, lower.subject(selector, policy.namespace)
+        return SubjectKind.ENDPOINT, selector
 
     def default_deny(self, node: Node | None, path: str) -> tuple[bool, bool]:
         if node is None:
@@ -369,10 +370,11 @@ class _Policies(Reader):
 
     # --- selectors ----------------------------------------------------------------------------------------
 
-    def selector(self, node: Node, path: str, *, default_source: str = "") -> LabelSelector:
-        """A label selector as written; an error gives one that matches nothing more than intended."""
+    def selector(self, node: Node, path: str, *, namespace: str = "") -> LabelSelector:
+        """A label selector as written; with a namespace it is pinned to it, whatever its matchLabels say of that."""
         fields = self.mapping(node, path, ("matchLabels", "matchExpressions"))
-        found: list[Requirement] = []
+        pinned = [lower.pinned(namespace)] if namespace else []
+        found: list[Requirement] = list(pinned)
         where: dict[tuple[str, str], tuple[str, str]] = {}
         labels = fields.get("matchLabels")
         if labels is not None and self.expect(labels, f"{path}.matchLabels", "mapping"):
@@ -387,7 +389,8 @@ class _Policies(Reader):
                         at,
                         f"{shown(text)} and {shown(before[0])} are the same key with two values",
                     )
-                found.append(Requirement(source or default_source, key, Op.IN, (wanted,)))
+                if not pinned or (source, key) != pinned[0][:2]:
+                    found.append(Requirement(source, key, Op.IN, (wanted,)))
         for item, at in self.items(fields.get("matchExpressions"), f"{path}.matchExpressions"):
             requirement = self.expression(item, at)
             if requirement is not None:

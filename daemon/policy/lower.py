@@ -89,17 +89,9 @@ def canonical(requirements: list[Requirement], cluster: ClusterScope = ClusterSc
     return LabelSelector(tuple(sorted(set(requirements))), cluster)
 
 
-def subject(selector: LabelSelector, namespace: str) -> LabelSelector:
-    """A subject selector; in a namespaced policy it is pinned to that namespace, whatever it says itself."""
-    if not namespace:
-        return selector
-    pinned = Requirement(K8S, NAMESPACE_KEY, Op.IN, (namespace,))
-    kept = [
-        one
-        for one in selector.requirements
-        if not (one.source == K8S and one.key == NAMESPACE_KEY and one.op is Op.IN and len(one.values) == 1)
-    ]
-    return canonical([*kept, pinned])
+def pinned(namespace: str) -> Requirement:
+    """What pins the subject of a namespaced policy to its namespace."""
+    return Requirement(K8S, NAMESPACE_KEY, Op.IN, (namespace,))
 
 
 def endpoint_peer(selector: LabelSelector, namespace: str, *, for_init: bool) -> LabelSelector:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from daemon.model.labels import parse_labels
 from daemon.policy.ccnp import LanguageSettings, parse_cidr_list, parse_documents
+from daemon.policy.matching import matches
 
 KUBELET = dedent("""\
     apiVersion: cilium.io/v2
@@ -125,6 +127,24 @@ def test_a_list_of_objects_as_kubectl_prints_it_is_read():
     inner = "\n".join("  " + line for line in KUBELET.splitlines())
     text = f"apiVersion: v1\nkind: List\nitems:\n- {inner.strip()}\n"
     assert [one.title for one in parse_documents(text, "a.yaml").policies] == ["kubelet"]
+
+
+def test_a_namespaced_policy_is_pinned_to_its_namespace_but_expressions_still_count():
+    document = (
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p, namespace: prod}\n"
+        "spec: {endpointSelector: {%s}, ingress: [{}]}\n"
+    )
+    key = '"k8s:io.kubernetes.pod.namespace"'
+    web = parse_labels(["k8s:io.kubernetes.pod.namespace=prod", "k8s:app=web"])
+    for selector, selected in (
+        (f"matchLabels: {{{key}: other}}", True),
+        ("matchLabels: {app: web}", True),
+        ("matchLabels: {app: db}", False),
+        (f"matchExpressions: [{{key: {key}, operator: In, values: [other]}}]", False),
+        ("matchLabels: {io.kubernetes.pod.namespace: other}", False),
+    ):
+        (policy,) = parse_documents(document % selector, "a.yaml").policies
+        assert matches(policy.specs[0].subject, web) is selected, selector
 
 
 def test_vrrp_needs_the_extended_protocols():
