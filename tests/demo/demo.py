@@ -234,27 +234,40 @@ def apply_policy() -> None:
 
 def drops() -> Check:
     """Do the reported drops say who, by which labels, and because of what?"""
-    done = world.meshwall(A1, "observe", "--verdict", "DROPPED", "--last", "12")
+    done = world.meshwall(A1, "observe", "--verdict", "DROPPED", "--last", "4")
     say("\n".join(f"   {line}" for line in (done.stdout + done.stderr).splitlines()))
     reported = world.meshwall(A1, "observe", "--verdict", "DROPPED", "--last", "500", "-o", "json").stdout
     flows = [json.loads(line) for line in reported.splitlines() if line.startswith("{")]
-    web = PODS[3]
+    rows = {row.identity: row for row in map(drop_row, flows)}  # the newest of each identity
+    say("\n   The newest drop of each identity, from -o json:")
+    for row in rows.values():
+        say(f"   {row.identity}  {', '.join(row.labels)}")
+        say(f"      port {row.port}: {row.rule}; restricted by {', '.join(row.policies)}")
+    row = rows.get(PODS[3].identity, DropRow(0, (), 0, "", ()))
+    complete = set(PODS[3].labels) <= set(row.labels) and POLICY in row.policies and row.rule
+    what = "drops of beta web are reported with identity, labels, policy and rule"
+    return Check(what, "yes", "yes" if complete else f"no ({len(flows)} drops)")
 
-    def complete(one: dict[str, Any]) -> bool:
-        flow, ours = one.get("flow", {}), one.get("meshwall", {})
-        source = flow.get("source", {})
-        return (
-            source.get("identity") == web.identity
-            and set(web.labels) <= set(source.get("labels", []))
-            and POLICY in ours.get("restricted_by", [])
-            and bool(ours.get("rule_name"))
-        )
 
-    named = sum(map(complete, flows))
-    return Check(
-        "drops of beta web are reported with identity, labels, policy and rule",
-        "yes",
-        "yes" if named else f"no ({len(flows)} drops reported)",
+class DropRow(NamedTuple):
+    """What one reported drop says."""
+
+    identity: int
+    labels: tuple[str, ...]
+    port: int
+    rule: str
+    policies: tuple[str, ...]
+
+
+def drop_row(line: dict[str, Any]) -> DropRow:
+    flow, ours = line.get("flow", {}), line.get("meshwall", {})
+    source = flow.get("source", {})
+    return DropRow(
+        source.get("identity", 0),
+        tuple(source.get("labels", ())),
+        flow.get("l4", {}).get("TCP", {}).get("destination_port", 0),
+        ours.get("rule_name", ""),
+        tuple(ours.get("restricted_by", ())),
     )
 
 
