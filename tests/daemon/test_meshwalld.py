@@ -149,3 +149,15 @@ def test_only_root_may_change_something_through_the_socket(idle) -> None:
         os._exit(0 if answers == [200, 403, 403] else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert "refused DELETE /v1/ct to Peer(" in machine.log
+
+
+def test_an_address_that_appears_is_the_hosts_own_at_once(idle, within) -> None:
+    idle.inside(idle.host, "ip", "addr", "add", "10.99.0.77/24", "dev", "net0")
+    within(lambda: "own addresses: 10.99.0.77" in idle.log)
+    idle.inside(idle.host, "ip", "addr", "del", "10.99.0.77/24", "dev", "net0")
+    within(lambda: "own addresses no more: 10.99.0.77" in idle.log)
+
+
+def test_the_daemon_is_small(idle) -> None:
+    memory = idle.status()["memory"]
+    assert memory["resident"] - memory["kernel_tables"] < 80 << 20
