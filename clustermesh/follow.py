@@ -85,6 +85,8 @@ class Follower:
                 log.info("%s: listing again: %s", self._name, group.exceptions[0])
             except* KVError as group:
                 self._lost(str(_first(group)))
+            stop_if_cancelled()
+            if self.error:
                 await self._backoff.wait()
 
     async def _connection(self) -> None:
@@ -198,6 +200,13 @@ class Follower:
     def _tell(self) -> None:
         for callback in self._changed:
             callback()
+
+
+def stop_if_cancelled() -> None:
+    """Cancelled all the same: a TaskGroup forgets that when a child fails in the same moment."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

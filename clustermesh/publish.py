@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from clustermesh import wire
-from clustermesh.follow import Backoff
+from clustermesh.follow import Backoff, stop_if_cancelled
 from clustermesh.gojson import Malformed
 from clustermesh.kv import KV, KVError, LeaseLost
 from clustermesh.trust import HOST
@@ -106,6 +106,7 @@ class Publisher:
                 self._tell(ok=False, text="the lease was lost, writing everything again")
             except* KVError as errors:
                 self._tell(ok=False, text=f"not published: {_message(errors)}")
+            stop_if_cancelled()
             await self._backoff.wait()
 
     async def _begin(self) -> None:

@@ -160,3 +160,14 @@ async def test_an_empty_store_of_a_cluster_without_markers_is_held_and_then_beli
         assert addresses(tables) == {"10.1.0.1"}
         assert "held" in tables.status["mesh:west"].text
         await until(lambda: not tables.ips)
+
+
+async def test_being_stopped_while_the_store_goes_away_is_still_being_stopped(live, tables: Tables) -> None:
+    kv = EtcdKV(EtcdSettings((live.endpoint,)))
+    source = MeshSource(tables, kv, cluster_name="east", cluster_id=1)
+    async with asyncio.timeout(3), asyncio.TaskGroup() as group:
+        task = group.create_task(source.run())
+        await until(lambda: source.follower.connected)
+        task.cancel()
+        await kv.close()
+    assert task.cancelled()
