@@ -15,6 +15,7 @@ from daemon.flows.decode import reason_name
 from daemon.runtime.loopwatch import Stalls
 from daemon.state.tables import StatusRow, Tables
 
+NO_HINT = "`meshwall status --verbose` and `journalctl -u meshwalld` have the details"
 DROPS_FROM = 16  # lower reasons pass
 
 
@@ -116,7 +117,7 @@ def memory() -> Json:
 def _problems(tables: Tables, findings: list[Json]) -> list[Json]:
     """Parts that are not well, then findings in documents; each with a hint."""
     found: list[Json] = [
-        {"part": name, "text": row.text, "hint": row.hint, "since": row.since}
+        {"part": name, "text": row.text, "hint": row.hint or NO_HINT, "since": row.since}
         for name, row in sorted(tables.status.rows.items(), key=lambda one: (one[0] != "datapath", one[0]))
         if not row.ok
     ]

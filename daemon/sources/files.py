@@ -73,6 +73,7 @@ class PolicyFiles:
         self._written: dict[str, str] = {}  # what is in `_kept`
         self._held = Held()
         self._fault = ""  # why the directory cannot be read
+        self._unsaved = ""  # why the last good versions are not on disk
         self._told: set[str] = set()
         self._since = time.time()
         self._one_at_a_time = asyncio.Lock()
@@ -225,10 +226,18 @@ class PolicyFiles:
         self._status(len(now.policies), len(now.groups), sum(map(len, findings.values())))
         tables.policies.mark_synced()
         tables.cidr_groups.mark_synced()
+        await self._save()
+
+    async def _save(self) -> None:
+        """A full or read-only disk changes nothing that is enforced; it is said once."""
         try:
             await asyncio.to_thread(self._keep)
+            self._unsaved = ""
         except OSError as error:
-            log.warning("%s: the last good policies are not saved: %s", self._kept, error.strerror)
+            reason = error.strerror or str(error)
+            if reason != self._unsaved:
+                log.warning("%s: the last good policies are not saved: %s", self._kept, reason)
+            self._unsaved = reason
 
     def _directory_text(self) -> str:
         count = len(effect(self._held).policies)

@@ -165,3 +165,14 @@ async def test_plain_lists_of_prefixes_are_groups(rig: Rig, until) -> None:
     rig.write("blocked.cidrs", text="10.0.0.0/8\n")
     async with rig.running():
         await until(lambda: "blocked" in rig.tables.cidr_groups)
+
+
+async def test_a_disk_that_takes_nothing_does_not_stop_policy(rig: Rig, until, caplog) -> None:
+    (rig.state / "last-good-policies").touch()
+    rig.write("a.yaml", "one")
+    async with rig.running():
+        await until(lambda: rig.names == {"one"})
+        rig.write("b.yaml", "two")
+        await until(lambda: rig.names == {"one", "two"})
+        await until(lambda: "are not saved" in caplog.text)
+    assert caplog.text.count("are not saved") == 1
