@@ -14,7 +14,16 @@ from typing import NamedTuple
 from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import CIDR, K8S, NODE, RESERVED, Label, LabelSet
 from daemon.model.net import Direction, Prefix
-from daemon.model.rule import ANY_SOURCE, CidrGroup, LabelSelector, Policy, Requirement, RuleOrigin
+from daemon.model.rule import (
+    ANY_SOURCE,
+    CidrGroup,
+    LabelSelector,
+    Policy,
+    PortRange,
+    Requirement,
+    RuleOrigin,
+    Selector,
+)
 from daemon.model.verdict import unpack_cell
 from daemon.policy.compile import Compiled, CompileSettings, Numbered, Subject, compile_policy
 from daemon.policy.explain import Peer
@@ -181,6 +190,49 @@ class _Residue(NamedTuple):
     left: tuple[Requirement, ...]
 
 
+class _Listed(NamedTuple):
+    """A rule by what it means: `what` and `peers` are equal for rules that mean the same."""
+
+    rule: Numbered
+    what: tuple[object, ...]
+    peers: frozenset[Selector] | None
+    ranges: tuple[PortRange, ...] | None
+
+    @classmethod
+    def of(cls, compiled: Compiled, numbered: Numbered) -> "_Listed":
+        """A numbered rule of some tables."""
+        rule, compiler = numbered.rule, compiled.compiler
+        peers = None if rule.peers is None else frozenset(map(compiler.bind, rule.peers))
+        ranges = None if rule.ports is None else tuple(compiler.ranges((*rule.ports, *rule.layer7_ports)))
+        what = (rule.direction, rule.deny, rule.ports, rule.layer7_ports, rule.auth)
+        return cls(numbered, what, peers, ranges)
+
+    def meets(self, other: "_Listed") -> bool:
+        """Whether some packet could match both, as far as direction and ports tell."""
+        if self.rule.rule.direction is not other.rule.rule.direction:
+            return False
+        if self.ranges is None or other.ranges is None:
+            return True
+        return any(
+            one.proto == two.proto and one.first <= two.last and two.first <= one.last
+            for one in self.ranges
+            for two in other.ranges
+        )
+
+
+def _rules(compiled: Compiled) -> Iterator[Numbered]:
+    for direction in compiled.compiler.directions:
+        yield from direction.plan.rules
+
+
+def _relevant(listed: Sequence[Sequence[_Listed]]) -> list[list[_Listed]]:
+    """The rules that can have a part in a difference: those of one set only, and those that share ports with them."""
+    meanings = [{(one.what, one.peers) for one in rules} for rules in listed]
+    common = set.intersection(*meanings)
+    changed = [one for rules in listed for one in rules if (one.what, one.peers) not in common]
+    return [[one for one in rules if any(one.meets(other) for other in changed)] for rules in listed]
+
+
 @dataclass
 class _Search:
     """Assigns labels key by key. `complete` turns False when the limit cut it short."""
@@ -190,26 +242,23 @@ class _Search:
     complete: bool = True
 
     def __post_init__(self) -> None:
+        self._seen = 0
+        defaults = {tuple((m.enforced, m.default_deny) for m in (c.ingress, c.egress)) for c in self.compiled}
+        self._same_defaults = len(defaults) == 1
         self._selectors: dict[LabelSelector, int] = {}
         self._rules: list[list[tuple[Numbered, tuple[int, ...] | None]]] = []
-        for one in self.compiled:
-            rules = []
-            for direction in one.compiler.directions:
-                for numbered in direction.plan.rules:
-                    bound = [one.compiler.bind(peer) for peer in numbered.rule.peers or ()]
-                    numbers = [
-                        self._selectors.setdefault(peer, len(self._selectors))
-                        for peer in bound
-                        if isinstance(peer, LabelSelector)
-                    ]
-                    rules.append((numbered, None if numbered.rule.peers is None else tuple(numbers)))
-            self._rules.append(rules)
+        listed = [[_Listed.of(one, rule) for rule in _rules(one)] for one in self.compiled]
+        if self.prune and self._same_defaults:
+            listed = _relevant(listed)
+        for rules in listed:
+            self._rules.append([(one.rule, self._numbered(one)) for one in rules])
         self.requirements = {one for selector in self._selectors for one in selector.requirements}
-        self._same_defaults = (
-            len({tuple((m.enforced, m.default_deny) for m in (c.ingress, c.egress)) for c in self.compiled})
-            == 1
-        )
-        self._seen = 0
+
+    def _numbered(self, one: "_Listed") -> tuple[int, ...] | None:
+        if one.peers is None:
+            return None
+        labels = [peer for peer in one.peers if isinstance(peer, LabelSelector)]
+        return tuple(self._selectors.setdefault(peer, len(self._selectors)) for peer in labels)
 
     def peers(self, base: LabelSet, source: str, word_: str) -> Iterator[NamedPeer]:
         """Label sets that begin with `base`, one for each class."""
