@@ -206,14 +206,14 @@ def test_any_text_is_answered(text):
 @pytest.mark.slow
 def test_twenty_thousand_mutations_stay_within_time_and_memory():
     rnd = random.Random(7)
-    worst = 0.0
+    worst, before = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(20_000):
         text = mutated(rnd)
         started = time.process_time()
         parse_documents(text, "a.yaml")
         worst = max(worst, time.process_time() - started)
     assert worst < 1.0
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 300 * 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= max(before, 300 * 1024)
 
 
 @pytest.mark.parametrize(
