@@ -33,6 +33,9 @@ class Addresses:
         self._tables: dict[Prefix, str] = {}  # IPv6 prefix shorter than 128 -> the table that holds it
         self._deep: Counter[int] = Counter()  # /64 network -> prefixes of 65 to 127 bits in it
         self._retired: list[int] = []
+        self._strays: list[
+            Prefix
+        ] = []  # in ip6_nets and in the trie: an earlier process died while it moved them
         self._count: Counter[str] = Counter()
         self._pieces: set[Prefix] = (
             set()
@@ -52,6 +55,8 @@ class Addresses:
                 elif not one.is_host:
                     self._tables[one] = table
                     self._deep[one.address >> 64] += one.length > 64
+        self._strays = [one for one in tables["ip6_nets"] if one in tables["ip6_prefixes"]]
+        self._tables.update(dict.fromkeys(self._strays, "ip6_prefixes"))
         return dict(self.slots)
 
     @property
@@ -83,9 +88,13 @@ class Addresses:
             {one: slot for one, slot in fresh.items() if self._in_blocks(one)}, filter(self._in_blocks, gone)
         )
         ops = self._block_ops(painted)
+        ops += [Drop("ip6_nets", _key6("ip6_nets", one)) for one in self._strays]
+        self._count["ip6_nets"] -= len(self._strays)
+        self._strays = []
         for one, slot in fresh.items():
             if not self._in_blocks(one):
                 ops += self._put(one, slot)
+                self.slots[one] = slot  # at once: a longer prefix of the same change may move this one
         for one in gone:
             if not self._in_blocks(one):
                 ops += self._drop(one)

@@ -80,8 +80,10 @@ class Slots:
         self._leaving = []
 
     def reserve(self, slots: Iterable[int]) -> None:
-        """Slots that an earlier life of ours handed out."""
-        self._next = max([self._next, *(slot + 1 for slot in slots)])
+        """Slots that an earlier life handed out; those between them are free, or each restart would lose some."""
+        busy = set(slots)
+        self._next = max([self._next, *(slot + 1 for slot in busy)])
+        self._free = [slot for slot in range(self._next - 1, FIRST_FREE_SLOT - 1, -1) if slot not in busy]
 
     @property
     def used(self) -> int:
