@@ -20,6 +20,7 @@ class Tasks:
     def __init__(self, failed: Callable[[str, str | None], None]) -> None:
         self._failed = failed
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._stopping = False
 
     def start(self, name: str, work: Work) -> None:
         """Keep `work` running until `stop`; an exception ends one life, not the task."""
@@ -37,6 +38,7 @@ class Tasks:
 
     async def stop(self) -> None:
         """Cancel everything and wait for it."""
+        self._stopping = True
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
@@ -59,6 +61,11 @@ class Tasks:
             try:
                 await work()
                 reason = "ended by itself"
+            except asyncio.CancelledError:
+                if self._stopping:
+                    raise
+                reason = "was cancelled from inside"  # must not look like being stopped
+                log.error("%s: %s, starting it again", name, reason)  # noqa: TRY400 - there is no story to tell
             except Exception as error:  # this is the supervisor
                 reason = _reason(error)
                 if reason != told:

@@ -42,6 +42,25 @@ async def test_a_task_that_dies_is_told_and_started_again(monkeypatch: pytest.Mo
     assert told == [("part", "ValueError: first"), ("part", "ValueError: first")]
 
 
+async def test_a_task_that_is_cancelled_from_inside_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.runtime.tasks.Backoff", lambda: Backoff(0.01, 0.01))
+    told: list[str | None] = []
+    tasks = Tasks(lambda _name, why: told.append(why))
+    again = asyncio.Event()
+
+    async def work() -> None:
+        if told:
+            again.set()
+            await asyncio.Event().wait()
+        raise asyncio.CancelledError
+
+    tasks.start("part", work)
+    async with asyncio.timeout(2):
+        await again.wait()
+        await tasks.stop()
+    assert told == ["was cancelled from inside"]
+
+
 async def test_work_that_is_started_once_ends_and_may_be_started_again() -> None:
     tasks = Tasks(lambda _name, _why: None)
     runs = []
