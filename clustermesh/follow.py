@@ -107,7 +107,9 @@ class Follower:
         async with asyncio.TaskGroup() as group:
             for part, revision in revisions:
                 group.create_task(self._watch(part, revision + 1))
-            group.create_task(self._release_held())
+            # Here and not as a task: of a group that only waits for its end, Python 3.11 counts the
+            # failure of a child as a cancellation of us, for ever.
+            await self._release_held()
 
     async def _list(self, part: Part) -> int | None:
         """Take in what is in a part; the revision, or None if this user may not read it."""

@@ -99,7 +99,7 @@ class Publisher:
                     await self._begin()
                     group.create_task(self._kv.keep_alive(self._lease, LEASE_S))
                     group.create_task(self._heartbeat())
-                    group.create_task(self._follow_changes())
+                    await self._follow_changes()  # see follow.py on why not a task
             except* LeaseLost as errors:
                 log.warning("publishing anew: %s", errors.exceptions[0])
                 self._lease = 0

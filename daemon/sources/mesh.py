@@ -89,7 +89,7 @@ class MeshSource:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
             group.create_task(self._mark_synced())
-            group.create_task(self._host_changes())
+            await self._host_changes()
 
     async def _mark_synced(self) -> None:
         """The tables count as complete when all clusters have told everything, or when waiting any longer
@@ -258,7 +258,7 @@ class MeshPublisher:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.publisher.run())
-            group.create_task(self._follow_host())
+            await self._follow_host()
 
     async def _follow_host(self) -> None:
         wake = asyncio.Event()

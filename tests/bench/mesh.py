@@ -1,6 +1,6 @@
 """How long addresses and identities in etcd take to become rows, against a bare client.
 
-    python tests/bench/mesh.py [--addresses 100000] [--identities 10000] [--json]
+    python -P tests/bench/mesh.py [--addresses 100000] [--identities 10000] [--json]
 
 Starts an etcd of its own on loopback. The bare client lists the same keys in pages of 5,000 with the same
 gRPC stubs and does json.loads on each value: the least that any Python reader can do.
@@ -156,7 +156,7 @@ async def latency(endpoint: str, changes: int, rate: float) -> list[float]:
 
 def once(endpoint: str, addresses: int) -> dict[str, float]:
     """One reader in a process of its own, so that its memory is its own."""
-    command = [sys.executable, __file__, "--reader", endpoint, "--addresses", str(addresses)]
+    command = [sys.executable, "-P", __file__, "--reader", endpoint, "--addresses", str(addresses)]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return found
 
