@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Debian or Ubuntu root with nothing in it, the committed state of this checkout, and one command there.
 #
-#   fresh_root.sh [--suite NAME] [COMMAND...]     default: this machine's release, ./dev demo
+#   fresh_root.sh [--suite NAME] [--mirror URL] [COMMAND...]     default: this machine's release and mirror, ./dev demo
 #
 # Needs root and debootstrap. The base system, apt's archives and pip's downloads are kept in .cache/fresh for the next
 # run; the root itself is removed. Everything runs in mount and process namespaces of its own, so that whatever
@@ -21,13 +21,13 @@ mirror() {
         sed -nE -e 's/^URIs: *([^ ]+).*/\1/p' -e 's/^deb +(\[[^]]*\] +)?([^ ]+).*/\2/p' | grep -m 1 .
 }
 
-# base SUITE: the path of a bare system, made on first use
+# base SUITE [MIRROR]: the path of a bare system, made on first use
 base() {
-    local suite=$1 uri components=main
+    local suite=$1 uri=$2 components=main
     if [ ! -d "$CACHE/base-$suite" ]; then
-        uri=$(mirror) || fail "no package mirror found in /etc/apt"
-        case "$(. /etc/os-release && echo "$ID")" in
-            ubuntu) components=main,universe ;;
+        [ -n "$uri" ] || uri=$(mirror) || fail "no package mirror found in /etc/apt"
+        case "$uri" in
+            *ubuntu*) components=main,universe ;;
         esac
         rm -rf "$CACHE/base-$suite.partial"
         printf 'fresh_root: debootstrap %s from %s (once; about a minute)\n' "$suite" "$uri" >&2
@@ -35,6 +35,9 @@ base() {
             >"$CACHE/debootstrap.log" 2>&1 ||
             fail "debootstrap failed, see $CACHE/debootstrap.log: $(tail -n 1 "$CACHE/debootstrap.log")"
         rm -f "$CACHE/base-$suite.partial"/var/cache/apt/archives/*.deb
+        # as installers do: Python 3.11 for Ubuntu 22.04 came with an update
+        printf "deb $uri %s ${components/,/ }\n" "$suite" "$suite-updates" \
+            >"$CACHE/base-$suite.partial/etc/apt/sources.list"
         mv "$CACHE/base-$suite.partial" "$CACHE/base-$suite"
     fi
     echo "$CACHE/base-$suite"
@@ -87,12 +90,16 @@ inside() {
 }
 
 main() {
-    local suite root status=0
+    local suite root bare mirror='' status=0
     suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    if [ "${1:-}" = --suite ]; then
-        suite=$2
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --suite) suite=$2 ;;
+            --mirror) mirror=$2 ;;
+            *) break ;;
+        esac
         shift 2
-    fi
+    done
     [ $# -gt 0 ] || set -- ./dev demo
     [ "$(id -u)" = 0 ] || fail "needs root"
     command -v debootstrap >/dev/null || fail "debootstrap is not installed (apt-get install debootstrap)"
@@ -100,8 +107,7 @@ main() {
     exec 9>"$CACHE/lock"
     flock -n 9 || fail "another run holds $CACHE/lock"
     find "$CACHE" -maxdepth 1 -name 'root.*' -exec rm -rf --one-file-system {} +
-    local bare
-    bare=$(base "$suite")
+    bare=$(base "$suite" "$mirror")
     root=$(mktemp -d "$CACHE/root.XXXXXX")
     trap "rm -rf --one-file-system '$root'" EXIT
     chmod 755 "$root"
