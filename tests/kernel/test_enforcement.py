@@ -36,6 +36,7 @@ NODE = {4: "10.98.0.1", 6: "fd98::1"}
 ADMIN = {4: "10.98.0.2", 6: "fd98::2"}  # has an identity from the beginning
 LATE = {4: "10.98.0.3", 6: "fd98::3"}  # gets one during a test
 OTHER = {4: "10.98.0.4", 6: "fd98::4"}
+GUEST = {4: "10.98.0.9", 6: "fd98::9"}  # allowed by address, not by identity
 KUBELET, CLOSED, OUTSIDE, REFUSED = 10250, 10251, 8443, 8444
 FAMILIES = pytest.mark.parametrize("family", [4, 6])
 SO_RCVBUFFORCE = 33
@@ -58,6 +59,8 @@ spec:
   ingress:
   - fromEndpoints: [{matchLabels: {app: admin}}]
     toPorts: [{ports: [{port: "10250", protocol: TCP}, {port: "10250", protocol: UDP}]}]
+  - fromCIDR: [10.98.0.8/29, "fd98::8/125"]
+    toPorts: [{ports: [{port: "10250", protocol: UDP}]}]
 """
 # The same for everybody in the test, told apart differently: prefixes split and merge at each switch.
 ADMINS_SPLIT = (
@@ -66,7 +69,7 @@ ADMINS_SPLIT = (
   - fromCIDR: [10.98.0.128/25, "fd98::8000/113"]
     toPorts: [{ports: [{port: "1000", endPort: 2000, protocol: TCP}]}]
   ingressDeny:
-  - fromCIDR: [10.98.0.4/30, "fd98::4/126"]
+  - fromCIDR: [10.98.0.4/30, "fd98::4/126", 10.98.0.8/30, "fd98::8/126"]
     toPorts: [{ports: [{port: "10251", protocol: UDP}]}]
 """
 )
@@ -127,7 +130,7 @@ class Cable:
         for name in (self.node, self.peer):
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        self.plug("mwe0", NODE, (ADMIN, LATE, OTHER))
+        self.plug("mwe0", NODE, (ADMIN, LATE, OTHER, GUEST))
         for place, ports in ((self.node, (KUBELET, CLOSED)), (self.peer, (OUTSIDE, REFUSED))):
             with inside(place):
                 self.listeners += [
@@ -329,18 +332,18 @@ def traffic(cable: Cable, flows: dict[tuple[str, int], Counted], every_s: float 
 
 
 def counted() -> dict[tuple[str, int], Counted]:
-    """An allowed flow and two denied ones, in both families."""
+    """Two allowed flows and two denied ones, in both families."""
     return {
         (source[family], port): Counted()
         for family in (4, 6)
-        for source, port in ((ADMIN, KUBELET), (ADMIN, CLOSED), (OTHER, KUBELET))
+        for source, port in ((ADMIN, KUBELET), (GUEST, KUBELET), (ADMIN, CLOSED), (OTHER, KUBELET))
     }
 
 
 def verdicts_hold(flows: dict[tuple[str, int], Counted], at_least: int) -> None:
     """Every packet of the allowed flows arrived, none of the others did; and there were enough to tell."""
     for (source, port), count in flows.items():
-        allowed = source in ADMIN.values() and port == KUBELET
+        allowed = port == KUBELET and source in (*ADMIN.values(), *GUEST.values())
         assert count.sent >= at_least, (source, port, count)
         assert count.received == (count.sent if allowed else 0), (source, port, count)
 
@@ -472,11 +475,12 @@ def test_a_daemon_that_is_killed_and_started_again_changes_nothing_for_traffic(c
     verdicts_hold(flows, 1000)
 
 
+@pytest.mark.slow
 def test_a_daemon_killed_in_the_middle_of_switches_leaves_verdicts_that_hold(cable):
     cable.enforce(ADMINS)
     flows = counted()
     with traffic(cable, flows, 0.001):
-        for pause_s in (0.004, 0.012, 0.025):
+        for pause_s in (0.004, 0.008, 0.012, 0.016, 0.02, 0.024, 0.028, 0.032):
             cable.write(ADMINS_SPLIT)
             time.sleep(pause_s)
             cable.stop(signal.SIGKILL)
