@@ -77,7 +77,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class HostRow:
-    """This host. The only key is `host`. `labels` are complete (reserved:host and k8s: node labels) or the row is absent."""
+    """This host. The only key is `host`. `labels` are complete (reserved:host and k8s: node labels), or there
+    is no row."""
 
     name: str
     cluster: str
