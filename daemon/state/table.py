@@ -89,7 +89,7 @@ class Table(Generic[K, V]):
         if not self.synced:
             self.synced = True
             for reader in self._readers:
-                reader._wake.set()  # noqa: SLF001 - Reader is this module's own
+                reader._wake.set()
 
     def reader(self, wake: asyncio.Event) -> Reader[K]:
         """A new reader that has every present key marked; `wake` is set on each later change."""

@@ -110,5 +110,6 @@ class Tables:
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
     host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))
     problems: Table[str, tuple[Problem, ...]] = field(default_factory=lambda: Table("problems"))
-    rules: Table[int, RuleOrigin] = field(default_factory=lambda: Table("rules"))  # number in the kernel -> origin
+    # number in the kernel -> origin
+    rules: Table[int, RuleOrigin] = field(default_factory=lambda: Table("rules"))
     status: Table[str, StatusRow] = field(default_factory=lambda: Table("status"))
