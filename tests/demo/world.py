@@ -299,8 +299,6 @@ def etcd_start() -> None:
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=mwdemo={peer}",
-            "--log-level=warn",
-            "--logger=zap",
         ],
         {"ETCD_UNSUPPORTED_ARCH": "arm64"} if platform.machine() == "aarch64" else None,
     )
