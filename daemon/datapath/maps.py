@@ -5,7 +5,7 @@ import mmap
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from bpf.layout import (
     BLOCK_ENTRIES,
     CONFIG,
     FIRST_FREE_SLOT,
-    HITS,
     LAYOUT_VERSION,
     PORT_BLOCK,
     PORT_BLOCKS,
+    ROWS,
     SLOT_INFO,
     BufferFlag,
     ConfigFlag,
@@ -45,50 +45,46 @@ def grace() -> None:
 
 
 class KernelMaps:
-    """Every pinned map of one layout, opened; array maps are written through memory."""
+    """Every pinned map of one layout, opened. Array maps are written through memory that is mapped while it is used:
+    pages of a mapped array count as this process's resident memory.
+    """
 
     def __init__(self, pins: Path, sizes: Sizes) -> None:
         """OSError or LayoutMismatch when they are not there or of another shape."""
         self.sizes = sizes
         home = pins / f"v{LAYOUT_VERSION}" / "maps"
         self._maps: dict[str, PinnedMap] = {}
-        self._memory: dict[str, mmap.mmap] = {}
         try:
             for name, spec in maps(sizes).items():
-                if spec.kind is MapKind.RINGBUF:
-                    continue
-                self._maps[name] = PinnedMap.open(home / name, spec)
-                if spec.kind is MapKind.ARRAY:
-                    self._memory[name] = self._maps[name].mmap(writable=True)
+                if spec.kind is not MapKind.RINGBUF:
+                    self._maps[name] = PinnedMap.open(home / name, spec)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Give up descriptors and memory; the pins stay."""
-        for memory in self._memory.values():
-            memory.close()
+        """Give up the descriptors; the pins stay."""
         for one in self._maps.values():
             one.close()
 
     def apply(self, ops: Sequence[Op]) -> None:
         """Make the operations in order; runs of the same kind on one hash map go as one batch."""
-        for (kind, table), run in groupby(ops, key=lambda op: (type(op), getattr(op, "table", ""))):
-            if kind is Grace:
-                grace()
-            elif kind is Store:
-                memory = self._memory[table]
-                for op in run:
-                    assert isinstance(op, Store)  # noqa: S101 - groupby by type
-                    _store(memory, op.offset, op.data)
-            elif kind is Put:
-                puts = [op for op in run if isinstance(op, Put)]
-                keys, values = b"".join(op.key for op in puts), b"".join(op.value for op in puts)
-                self._maps[table].update_batch(keys, values, len(puts))
-            else:
-                drops = [op for op in run if isinstance(op, Drop)]
-                for op in drops:
-                    self._maps[table].delete(op.key)
+        with _Memory(self._maps) as memory:
+            for (kind, table), run in groupby(ops, key=lambda op: (type(op), getattr(op, "table", ""))):
+                if kind is Grace:
+                    grace()
+                elif kind is Store:
+                    for op in run:
+                        assert isinstance(op, Store)  # noqa: S101 - groupby by type
+                        _store(memory[table], op.offset, op.data)
+                elif kind is Put:
+                    puts = [op for op in run if isinstance(op, Put)]
+                    keys, values = b"".join(op.key for op in puts), b"".join(op.value for op in puts)
+                    self._maps[table].update_batch(keys, values, len(puts))
+                else:
+                    for op in run:
+                        assert isinstance(op, Drop)  # noqa: S101
+                        self._maps[table].delete(op.key)
 
     def zero_hits(self, rules: Sequence[int]) -> None:
         """Counters of rule numbers that get a new meaning."""
@@ -96,56 +92,41 @@ class KernelMaps:
         for rule in rules:
             spec.update(rule, bytes(len(spec.lookup(rule) or b"")))
 
-    def hits(self, rule: int) -> tuple[int, int]:
-        """Packets and bytes that a rule decided, over all CPUs."""
-        return _summed(self._maps["rule_hits"].lookup_percpu(rule))
-
-    def reason(self, index: int) -> tuple[int, int]:
-        """Packets and bytes of direction * REASONS + reason, over all CPUs."""
-        return _summed(self._maps["reasons"].lookup_percpu(index))
-
     def generation(self) -> int:
-        """What the data path enforces now."""
-        return int.from_bytes(self._memory["config"][0:4], sys.byteorder)
+        """What the data path enforces now; 0 before the first policy."""
+        return int.from_bytes((self._maps["config"].lookup(0) or b"")[:4], sys.byteorder)
 
     def leftover(self) -> Leftover:
         """What an earlier process left, for Image.adopt."""
-        config = CONFIG.unpack(self._memory["config"][: CONFIG.size])
-        generation, flags = config["generation"], config["flags"]
-        assert isinstance(generation, int)  # noqa: S101 - struct formats give ints
-        assert isinstance(flags, int)  # noqa: S101
-        blocks = array("I", self._memory["ip4_blocks"][: 4 * BLOCK_ENTRIES * self.sizes.ip4_blocks])
-        entries = {
-            name: dict(self._entries(name)) for name in ("ip4_hosts", "ip6_hosts", "ip6_nets", "ip6_prefixes")
-        }
-        held = [*read_back(blocks).values(), *(slot for rows in entries.values() for slot in rows.values())]
-        used = {slot for slot in held if slot >= FIRST_FREE_SLOT}
-        rows, identities = self._rows(generation & 1, used), {}
-        for slot in used:
-            info = SLOT_INFO.unpack(self._memory["slot_info"][8 * slot : 8 * slot + 8])
-            if not int(str(info["flags"])) & INFO_GROUP:
-                identities[slot] = Identity(int(str(info["identity"])))
-        region, rules = self._region(generation & 1, rows)
-        active = BufferFlag(int(str(config[f"buffer_flags{generation & 1}"])))
-        enforced = (BufferFlag.ENFORCE_INGRESS in active, BufferFlag.ENFORCE_EGRESS in active)
-        return Leftover(
-            generation, ConfigFlag(flags), enforced, blocks, entries, identities, rows, region, rules
-        )
-
-    def _rows(self, buffer: int, used: set[int]) -> dict[int, tuple[int, int]]:
-        flat = array("I", self._memory["class_of"][8 * self.sizes.slots * buffer :][: 8 * self.sizes.slots])
-        return {slot: (flat[2 * slot], flat[2 * slot + 1]) for slot in [*range(FIRST_FREE_SLOT), *used]}
-
-    def _region(
-        self, buffer: int, rows: dict[int, tuple[int, int]]
-    ) -> tuple[tuple[int, int], frozenset[int]]:
-        """Cells that the active generation may read, and the rule numbers in them."""
-        size = 2 * PORT_BLOCK * PORT_BLOCKS
-        columns = array("H", self._memory["port_class"][2 * size * buffer : 2 * size * (buffer + 1)])
-        at = [one for both in rows.values() for one in both]
-        first, end = min(at), min(max(at) + max(columns) + 1, self.sizes.cells)
-        cells = array("I", self._memory["cells"][4 * first : 4 * end])
-        return (first, end), frozenset(cell & RULE_MASK for cell in set(cells))
+        with _Memory(self._maps) as memory:
+            config = CONFIG.unpack(memory["config"][: CONFIG.size])
+            generation = int(str(config["generation"]))
+            active = BufferFlag(int(str(config[f"buffer_flags{generation & 1}"])))
+            blocks = array("I", memory["ip4_blocks"][: 4 * BLOCK_ENTRIES * self.sizes.ip4_blocks])
+            entries = {
+                name: dict(self._entries(name))
+                for name in ("ip4_hosts", "ip6_hosts", "ip6_nets", "ip6_prefixes")
+            }
+            held = [
+                *read_back(blocks).values(),
+                *(slot for rows in entries.values() for slot in rows.values()),
+            ]
+            used = {slot for slot in held if slot >= FIRST_FREE_SLOT}
+            rows = _rows(memory["class_of"], self.sizes.slots * (generation & 1), used)
+            region, rules = _region(
+                memory["port_class"], memory["cells"], generation & 1, rows, self.sizes.cells
+            )
+            return Leftover(
+                generation=generation,
+                flags=ConfigFlag(int(str(config["flags"]))),
+                enforced=(BufferFlag.ENFORCE_INGRESS in active, BufferFlag.ENFORCE_EGRESS in active),
+                blocks=blocks,
+                entries=entries,
+                identities=dict(_identities(memory["slot_info"], used)),
+                rows=rows,
+                region=region,
+                rules=rules,
+            )
 
     def _entries(self, table: str) -> Iterator[tuple[Prefix, int]]:
         for key, value in self._maps[table].items():
@@ -161,6 +142,55 @@ class KernelMaps:
                 )
 
 
+class _Memory:
+    """Array maps by name, mapped when first asked for and unmapped at the end."""
+
+    def __init__(self, opened: Mapping[str, PinnedMap]) -> None:
+        self._opened = opened
+        self._mapped: dict[str, mmap.mmap] = {}
+
+    def __enter__(self) -> "_Memory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._mapped.values():
+            one.close()
+
+    def __getitem__(self, table: str) -> mmap.mmap:
+        if table not in self._mapped:
+            self._mapped[table] = self._opened[table].mmap(writable=True)
+        return self._mapped[table]
+
+
+def _rows(class_of: mmap.mmap, base: int, used: set[int]) -> dict[int, tuple[int, int]]:
+    """The rows of each slot in the buffer that begins with slot `base`."""
+    found = {}
+    for slot in [*range(FIRST_FREE_SLOT), *used]:
+        row = ROWS.unpack(class_of[8 * (base + slot) : 8 * (base + slot + 1)])
+        found[slot] = (int(str(row["ingress_at"])), int(str(row["egress_at"])))
+    return found
+
+
+def _identities(slot_info: mmap.mmap, used: set[int]) -> Iterator[tuple[int, Identity]]:
+    """The slots that stand for an identity, not for prefixes of a policy."""
+    for slot in used:
+        info = SLOT_INFO.unpack(slot_info[8 * slot : 8 * (slot + 1)])
+        if not int(str(info["flags"])) & INFO_GROUP:
+            yield slot, Identity(int(str(info["identity"])))
+
+
+def _region(
+    port_class: mmap.mmap, memory: mmap.mmap, buffer: int, rows: Mapping[int, tuple[int, int]], capacity: int
+) -> tuple[tuple[int, int], frozenset[int]]:
+    """Cells that the active generation may read, and the rule numbers in them."""
+    size = 2 * PORT_BLOCK * PORT_BLOCKS
+    columns = array("H", port_class[2 * size * buffer : 2 * size * (buffer + 1)])
+    at = [one for both in rows.values() for one in both]
+    first, end = min(at), min(max(at) + max(columns) + 1, capacity)
+    cells = array("I", memory[4 * first : 4 * end])
+    return (first, end), frozenset(cell & RULE_MASK for cell in set(cells))
+
+
 def _store(memory: mmap.mmap, offset: int, data: bytes) -> None:
     """Aligned 4 and 8 byte values are stored as one word, so that no packet sees half of one."""
     if len(data) == 8 and offset % 8 == 0:
@@ -173,8 +203,3 @@ def _store(memory: mmap.mmap, offset: int, data: bytes) -> None:
 
 def _slot(value: bytes) -> int:
     return int.from_bytes(value[:4], sys.byteorder)
-
-
-def _summed(values: Sequence[bytes]) -> tuple[int, int]:
-    packets = sum(int(str(HITS.unpack(one)["packets"])) for one in values)
-    return packets, sum(int(str(HITS.unpack(one)["bytes"])) for one in values)

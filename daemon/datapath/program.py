@@ -367,7 +367,7 @@ class Program:
             if prefix in self._own:
                 put[prefix] = HOST
             elif claims:
-                row = winner(claims)
+                row = winner(claims, self.settings.compile.cluster_name)
                 put[prefix] = row.identity if row is not None else None
                 (self.conflicts.discard if row is not None else self.conflicts.add)(prefix)
             else:
