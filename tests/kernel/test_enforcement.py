@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from bpf.layout import sized
-from daemon.datapath.maps import KernelMaps
+from bpf import layout
+from bpf.syscall import PinnedMap
 
 pytestmark = pytest.mark.kernel
 
@@ -182,13 +182,12 @@ class Cable:
     def generation(self) -> int:
         """What the kernel enforces; 0 before there is anything."""
         try:
-            maps = KernelMaps(self.home / "bpf", sized(**SIZES))
+            with PinnedMap.open(
+                self.home / f"bpf/v{layout.LAYOUT_VERSION}/maps/config", layout.maps()["config"]
+            ) as config:
+                return int.from_bytes((config.lookup(0) or b"")[:4], sys.byteorder)
         except OSError:
             return 0
-        try:
-            return maps.generation()
-        finally:
-            maps.close()
 
     def write(self, policy: str) -> None:
         """Replace the policy file."""
