@@ -32,6 +32,7 @@ from daemon.flows.pipeline import FlowPipeline
 from daemon.model.net import Direction, Proto, parse_prefix
 from daemon.policy.ccnp import LanguageSettings
 from daemon.policy.compile import CompileSettings, Failsafe
+from daemon.runtime import memory
 from daemon.runtime.loopwatch import LoopWatch
 from daemon.runtime.notify import Notify, watchdog_s
 from daemon.runtime.tasks import Tasks, Work
@@ -270,6 +271,7 @@ class Daemon:
         told = self._summary()
         self._notify.ready(told)
         log.info("ready: %s", told)
+        memory.trim()
         while True:
             await wake.wait()
             wake.clear()
@@ -427,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_kernel()
         prepare_directories(config)
         with only_one(config.run_dir):
+            memory.keep_small()
             gc.freeze()  # modules are never garbage
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(_serve(config))
