@@ -212,7 +212,7 @@ class Daemon:
             cluster_id=config.cluster_id,
             clusters=config.clusters,
             max_clusters=most,
-            name="etcd" if config.etcd else "identities file",
+            name="etcd" if config.etcd else "embedded store (no etcd)",
         )
         yield "mesh", source.run
         if config.etcd is None:

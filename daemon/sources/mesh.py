@@ -184,7 +184,7 @@ class MeshSource:
     def _status_rows(self) -> None:
         follower = self.follower
         if follower.connected:
-            text, hint = f"connected, revision {follower.revision}", ""
+            text, hint = f"{self._name} connected, revision {follower.revision}", ""
         elif follower.error:
             text = f"unreachable: {follower.error}"
             hint = "what is known stays in force; check the endpoints, the certificates and the network"
