@@ -219,6 +219,9 @@ def read_policies(paths: Sequence[str], settings: LanguageSettings) -> Loaded:
     problems: list[Problem] = []
     files = _files(paths or [str(DEFAULT_DIRECTORY)])
     for name, text in files:
+        if isinstance(text, Problem):
+            problems.append(text)
+            continue
         parsed = _parse(name, text, settings)
         policies += parsed.policies
         problems += parsed.problems
@@ -251,9 +254,9 @@ def _twice(policies: Iterable[Policy]) -> list[Problem]:
     return found
 
 
-def _files(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, text) of every file that the paths mean."""
-    found: list[tuple[str, str]] = []
+def _files(paths: Sequence[str]) -> list[tuple[str, str | Problem]]:
+    """(name, text) of every file that the paths mean; or why it has no text, so that the others are judged too."""
+    found: list[tuple[str, str | Problem]] = []
     for path in paths:
         if path == "-":
             found.append(("<stdin>", sys.stdin.read()))
@@ -265,7 +268,7 @@ def _files(paths: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _text(path: Path) -> str:
+def _text(path: Path) -> str | Problem:
     limit = MAX_LIST_BYTES if path.suffix == ".cidrs" else MAX_FILE_BYTES
     try:
         with path.open("rb") as file:
@@ -273,12 +276,19 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise CannotAnswerError(f"{path}: {error.strerror}") from None
     if len(raw) > limit:
-        raise CannotAnswerError(f"{path}: larger than {limit} bytes, the limit for one file")
+        return Problem(str(path), 0, 0, "", f"larger than {limit} bytes, the limit for one file")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise CannotAnswerError(f"{path}:{line}: not UTF-8 text") from None
+        return Problem(str(path), line, 1, "", "not UTF-8 text")
+
+
+def _readable(path: Path) -> str:
+    text = _text(path)
+    if isinstance(text, Problem):
+        raise CannotAnswerError(str(text))
+    return text
 
 
 def _usable(options: argparse.Namespace, paths: Sequence[str]) -> Loaded:
@@ -544,9 +554,9 @@ def _test_files(paths: Sequence[str]) -> list[tuple[str, str]]:
     found = []
     for path in paths:
         if Path(path).is_dir():
-            found += [(str(one), _text(one)) for one in sorted(Path(path).glob("*.test.y*ml"))]
+            found += [(str(one), _readable(one)) for one in sorted(Path(path).glob("*.test.y*ml"))]
         else:
-            found.append((path, _text(Path(path))))
+            found.append((path, _readable(Path(path))))
     return found
 
 

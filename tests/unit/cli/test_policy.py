@@ -117,6 +117,15 @@ def test_check_warns_that_a_deny_alone_blocks_everything_and_spares_the_failsafe
     assert "failsafe list keeps 22/TCP" in shown
 
 
+def test_a_file_that_is_not_text_does_not_hide_the_findings_in_others(run, directory):
+    (directory / "binary.yaml").write_bytes(b"ok: 1\n\xff\xfe")
+    (directory / "wrong.yaml").write_text(KUBELET.replace("fromEndpoints", "fromEndpoint"))
+    status, shown = run("check", directory)
+    assert status == 1
+    assert "binary.yaml:2:1: error: not UTF-8 text" in shown.out
+    assert "did you mean fromEndpoints?" in shown.out
+
+
 def test_explain_names_the_deciding_rule(run, directory):
     status, shown = run("explain", directory, "-s", METRICS, "--dport", "10250/TCP", "--expect", "allow")
     assert status == 0
