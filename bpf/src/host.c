@@ -10,6 +10,11 @@
 #define PACKET_OTHERHOST 3
 #define PACKET_LOOPBACK 5
 
+/* A shorter first buffer is taken for the whole frame until the parser misses something: asking costs a call for each
+ * small packet, and only cards that split headers from data have several buffers there. Those frames are TCX's.
+ */
+#define FIRST_BUFFER 1024
+
 #define UNASKED (CELL_ALLOW << 28 | RULE_DEFAULT_ALLOW)	/* the cell of a direction without policy */
 
 /* Lives in a per-CPU map and not on the stack: see REFRESH. One for each hook, which cannot interrupt itself. */
@@ -186,12 +191,14 @@ int xdp(struct xdp_md *ctx)
 	p = &scratch->packet;
 	o = &scratch->outcome;
 	s.ifindex = ctx->ingress_ifindex;
-	p->length = XDP_LENGTH(ctx);
+	p->length = ctx->data_end - ctx->data;
+	if (p->length >= FIRST_BUFFER)
+		p->length = XDP_LENGTH(ctx);
 	p->malformed = parse_frame(p, (void *)(long)ctx->data, (void *)(long)ctx->data_end, 0);
 	if (p->malformed)
 		p->class = CLASS_MALFORMED;
 	REFRESH();
-	if (p->malformed == NOT_LINEAR)
+	if (p->malformed == NOT_LINEAR || (p->malformed && p->length != XDP_LENGTH(ctx)))
 		return XDP_PASS;
 	judge_ingress(p, &s, o, (void *)(long)ctx->data, (void *)(long)ctx->data_end, 0);
 	REFRESH();
