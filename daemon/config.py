@@ -142,6 +142,33 @@ class MapSizes(Section):
         return size
 
 
+class Hubble(Section):
+    """Where hubble CLI, Relay and UI connect."""
+
+    enabled: bool = Field(
+        default=True, description="serve `hubble.sock` in `run_dir`, for members of `socket_group`"
+    )
+    listen: str = Field(
+        default="", description="also `HOST:PORT` (by convention port 4244), for clients with a certificate"
+    )
+    cert: str = Field(
+        default="",
+        description="file with the certificate of `listen`, for `<node>.<cluster>.hubble-grpc.cilium.io`",
+    )
+    key: str = Field(default="", description="file with its key")
+    client_ca: str = Field(default="", description="file with the CA certificates that clients must be of")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.listen and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:\s]+):[0-9]{1,5}", self.listen):
+            raise ValueError(f"listen: {shown(self.listen)} is not HOST:PORT")
+        if self.listen and not (self.cert and self.key and self.client_ca):
+            raise ValueError("listen needs cert, key and client_ca: flows are not shown to strangers")
+        if self.listen and not self.enabled:
+            raise ValueError("listen is set but enabled is false")
+        return self
+
+
 class Config(Section):
     """All settings."""
 
@@ -233,6 +260,7 @@ class Config(Section):
     flows: int = Field(
         default=65_536, ge=256, le=1 << 24, description="flows that are remembered for `meshwall observe`"
     )
+    hubble: Hubble = Field(default=Hubble(), description="the API of Hubble; see below")
     map_sizes: MapSizes = Field(default=MapSizes(), description="room in the kernel's tables; see below")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level logged"
@@ -526,6 +554,7 @@ def reference() -> str:
         ("Settings", Config, ""),
         ("etcd", Etcd, "Keys below `etcd`."),
         ("failsafe", FailsafeEntry, "Entries of the `failsafe` list. The default list:"),
+        ("hubble", Hubble, "Keys below `hubble`."),
         ("map_sizes", MapSizes, "Keys below `map_sizes`. " + (MapSizes.__doc__ or "")),
     ):
         lines += [f"## {title}", ""]
@@ -545,7 +574,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 def _default_text(name: str, default: object) -> str:
     if default is PydanticUndefined:
         return "host name" if name == "node_name" else "required"
-    if name in ("failsafe", "map_sizes"):
+    if name in ("failsafe", "hubble", "map_sizes"):
         return "below"
     if default is None or default in ((), {}, ""):
         return "-"

@@ -26,6 +26,7 @@ from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
 from daemon.api import app, flows, mesh, metrics, resources, status
+from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, FailsafeEntry, load
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.flows.pipeline import FlowPipeline
@@ -121,6 +122,20 @@ def store(config: Config) -> KV:
     return EtcdKV(EtcdSettings(**config.etcd.model_dump()))
 
 
+def hubble_settings(config: Config) -> HubbleSettings:
+    """The sockets of the Hubble API; gRPC's own lies beside the control socket."""
+    hubble = config.hubble
+    return HubbleSettings(
+        config.run_dir / "hubble.sock",
+        config.run_dir / "hubble-grpc.sock",
+        config.socket_group,
+        hubble.listen,
+        hubble.cert,
+        hubble.key,
+        hubble.client_ca,
+    )
+
+
 def failsafe_text(one: Failsafe) -> str:
     """`ingress TCP/22`, and from where if that is narrowed."""
     peers = f" {', '.join(prefix.cidr for prefix in one.prefixes)}" if one.prefixes else ""
@@ -196,6 +211,8 @@ class Daemon:
         yield "loop watch", self._watch.run
         yield "service status", self._tell_manager
         yield "api", self._api.run
+        if self.config.hubble.enabled:
+            yield "hubble", HubbleApi(hubble_settings(self.config), self._pipeline, self.tables).run
         yield "host", self._host.run
         yield "policy files", self._files.run
         yield from self._mesh_work()

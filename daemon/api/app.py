@@ -57,7 +57,7 @@ class Api:
         app.add_routes(self._routes)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.5)
         await runner.setup()
-        channel = _listening(self._path, self._group)
+        channel = listening(self._path, self._group)
         try:
             await web.SockSite(runner, channel).start()
             self.listening.set()
@@ -75,7 +75,8 @@ def prepare_directory(path: Path, group: str) -> None:
         path.chmod(0o750)
 
 
-def _listening(path: Path, group: str) -> socket.socket:
+def listening(path: Path, group: str) -> socket.socket:
+    """A unix socket that root and the group may use. OSError when it cannot be made."""
     if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
         path.unlink()  # of a daemon that is gone: the lock says that we are the only one
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

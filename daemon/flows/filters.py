@@ -273,6 +273,15 @@ def _equal(pick: Callable[[Event], int]) -> Callable[[Sequence[object]], EventTe
     return build
 
 
+# What flows of a host firewall never have: layer 7, translated addresses, services, traces.
+_NEVER_SET = ("source_ip_xlated", "source_service", "destination_service", "dns_query", "http_status_code",
+              "http_method", "http_path", "http_url", "http_header", "trace_id")  # fmt: skip
+
+
+def _never(_: Sequence[object]) -> EventTest:
+    return lambda _: False
+
+
 EVENT_FIELDS: dict[str, Callable[[Sequence[object]], EventTest]] = {
     "source_ip": _addresses(lambda event: event.saddr),
     "destination_ip": _addresses(lambda event: event.daddr),
@@ -289,6 +298,7 @@ EVENT_FIELDS: dict[str, Callable[[Sequence[object]], EventTest]] = {
     "event_type": _event_types,
     "reply": _reply,
     "generation": _equal(lambda event: event.generation),  # ours
+    **dict.fromkeys(_NEVER_SET, _never),
 }
 
 
@@ -443,6 +453,42 @@ def _rules(values: Sequence[object]) -> FlowTest:
     return lambda flow: flow.rule is not None and (str(flow.rule) in wanted or flow.rule_name in wanted)
 
 
+def _workloads(side: Callable[[Flow], Endpoint]) -> Callable[[Sequence[object]], FlowTest]:
+    """Each value is an object `{"name": "a1", "kind": "Node"}`; hosts are the only workloads."""
+
+    def build(values: Sequence[object]) -> FlowTest:
+        wanted: list[tuple[str, str]] = []
+        for value in values:
+            if not isinstance(value, Mapping) or not set(value) <= {"name", "kind"}:
+                raise FilterError(f"expected an object of name and kind, got {value!r}")
+            wanted.append((str(value.get("name", "")), str(value.get("kind", ""))))
+        return lambda flow: any(
+            bool(side(flow).node) and name in ("", side(flow).node) and kind in ("", "Node")
+            for name, kind in wanted
+        )
+
+    return build
+
+
+def _clusters(side: Callable[[Flow], Endpoint]) -> Callable[[Sequence[object]], FlowTest]:
+    def build(values: Sequence[object]) -> FlowTest:
+        wanted = set(_texts(values))
+        return lambda flow: side(flow).cluster in wanted
+
+    return build
+
+
+def _node_labels(values: Sequence[object]) -> FlowTest:
+    """Selectors over the labels of the host that saw the flow."""
+    selectors = [_selector(text) for text in _texts(values)]
+
+    def test(flow: Flow) -> bool:
+        labels = flow.destination.labels if flow.destination.local else flow.source.labels
+        return any(all(one(labels) for one in selector) for selector in selectors)
+
+    return test
+
+
 FLOW_FIELDS: dict[str, Callable[[Sequence[object]], FlowTest]] = {
     "source_pod": _pods(_source),
     "destination_pod": _pods(_destination),
@@ -450,7 +496,12 @@ FLOW_FIELDS: dict[str, Callable[[Sequence[object]], FlowTest]] = {
     "destination_fqdn": _names(_destination),
     "source_label": _labels(_source),
     "destination_label": _labels(_destination),
+    "source_workload": _workloads(_source),
+    "destination_workload": _workloads(_destination),
+    "source_cluster_name": _clusters(_source),
+    "destination_cluster_name": _clusters(_destination),
     "node_name": _node_names,
+    "node_labels": _node_labels,
     "interface": _interfaces,
     "policy": _policies,  # ours
     "rule": _rules,  # ours

@@ -70,6 +70,19 @@ async def observe(store: FlowStore, directory: Directory, request: Request) -> A
             yield ()
 
 
+def arrivals(store: FlowStore, since_ns: int) -> int:
+    """How many of the events that are still here came at or after that wall-clock time."""
+    low, high = store.first, store.end
+    while low < high:
+        middle = (low + high) // 2
+        (event,) = events(store.read(middle, middle + 1))
+        if event.time_ns + store.offset_ns(middle) < since_ns:
+            low = middle + 1
+        else:
+            high = middle
+    return store.end - low
+
+
 async def _within(seconds: float, wake: asyncio.Event) -> bool:
     try:
         async with asyncio.timeout(seconds):
