@@ -132,7 +132,7 @@ def test_a_flow_is_built_only_for_what_the_event_cannot_answer(pack):
         ({"source_label": [""]}, "column 1"),
         ({"node_name": ["a/b/c"]}, "expected letters"),
         ({"tcp_flags": ["SYN"]}, "expected an object"),
-        ({"http_method": ["GET"]}, "not a filter that a host firewall has"),
+        ({"uuid": ["x"]}, "not a filter that a host firewall has"),
         ({"source_ip": []}, "at least one value"),
         ({"source_ip": [7]}, "expected text, got 7"),
         ({"reply": ["no"]}, "expected true or false"),
