@@ -443,9 +443,12 @@ class Host:
         early = self._before_policy(packet)
         if early is not None:
             return early
-        reason = packet.refuse or self._by_policy(packet, frame, Direction.INGRESS)
-        if reason >= FIRST_DROP and not self._is_ours(packet):
-            return Reason.NOT_HOST
+        if packet.refuse is None:
+            reason = self._by_policy(packet, frame, Direction.INGRESS)
+        else:
+            reason = packet.refuse if self._is_ours(packet) else Reason.NOT_HOST
+        if reason is Reason.NOT_HOST:
+            return reason
         reason = self._tie(packet, reason, Direction.INGRESS)
         if reason is Reason.FORWARDED and enforced & BufferFlag.ENFORCE_EGRESS and keeps_state:
             self._track(packet, Direction.INGRESS)
@@ -487,19 +490,24 @@ class Host:
         return reason
 
     def _by_policy(self, packet: Packet, frame: bytes, direction: Direction) -> Reason:
-        if packet.frag_off:
-            datagram = self._datagram(packet)
-            if datagram in self.denied_datagrams:
-                return Reason.FRAG_DENIED
-            return Reason.FORWARDED if datagram in self.datagrams else Reason.FRAG_NO_FIRST
         cell = self._cell(packet, direction)
-        if allows(cell):
+        if allows(cell) and not packet.frag_off:
             return Reason.FORWARDED
+        if direction is Direction.INGRESS and not self._is_ours(packet):
+            return Reason.NOT_HOST
+        if packet.frag_off:
+            return self._by_first_fragment(packet)
         if self._is_reply(packet, direction):
             return Reason.REPLY
         if self._is_related(packet, frame, direction):
             return Reason.RELATED
         return Reason.POLICY_DENY if cell >> 28 == CellVerdict.DENY else Reason.POLICY_DEFAULT
+
+    def _by_first_fragment(self, packet: Packet) -> Reason:
+        datagram = self._datagram(packet)
+        if datagram in self.denied_datagrams:
+            return Reason.FRAG_DENIED
+        return Reason.FORWARDED if datagram in self.datagrams else Reason.FRAG_NO_FIRST
 
     def _datagram(self, packet: Packet) -> Datagram:
         return (packet.src, packet.dst, packet.frag_id, packet.frag_proto, packet.family)

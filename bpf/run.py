@@ -180,6 +180,7 @@ class Rig:
         )
         cells: list[int] = [0] * (buffer * self.sizes.cells // 2)
         at: dict[tuple[Direction, int], int] = {}
+        known: dict[tuple[Direction, tuple[int, ...]], int] = {}  # equal rows are one, as the compiler has it
         for direction in Direction:
             edges = {0} | {
                 edge
@@ -197,8 +198,10 @@ class Rig:
             keys = struct.pack(f"={PORT_BLOCKS}I", *range(base, base + PORT_BLOCKS))
             self.maps["port_class"].update_batch(keys, raw, PORT_BLOCKS)
             for slot in slots:
-                at[direction, slot] = len(cells)
-                cells += [policy.cell(direction, slot, cut) for cut in cuts]
+                row = tuple(policy.cell(direction, slot, cut) for cut in cuts)
+                at[direction, slot] = known.setdefault((direction, row), len(cells))
+                if at[direction, slot] == len(cells):
+                    cells += row
         self._write_rows(slots, at, buffer)
         self._write_cell_blocks(cells, buffer)
 

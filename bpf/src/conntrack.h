@@ -197,6 +197,8 @@ static __always_inline int flow_track(const struct packet *p, const struct scope
 		return 0;
 	if (is_icmp(p) && !is_echo_request(p))
 		return 0;
+	if (s->direction == INGRESS && !is_for_host(p, s->flags))
+		return 0;
 	flow_of(&f, p, s->direction);
 	entry = flow_find(&f, origin);
 	if (entry) {
@@ -207,8 +209,6 @@ static __always_inline int flow_track(const struct packet *p, const struct scope
 		return 0;
 	if (p->proto != PROTO_TCP && flow_find(&f, !origin))
 		return 0;	/* an answer: the other side opened it */
-	if (s->direction == INGRESS && !is_for_host(p, s->flags))
-		return 0;
 	if (add)
 		flow_add(&f, origin, rule);
 	return 1;

@@ -50,13 +50,18 @@ static __always_inline int refused_by_parser(const struct packet *p, const struc
 static __always_inline __u32
 judge_by_policy(const struct packet *p, const struct scope *s, struct outcome *o, void *data, void *end)
 {
+	if (p->class != CLASS_FRAG_NONFIRST) {
+		o->cell = cell_of(s, s->direction, o->slot, p->port_index);
+		if (allows(o->cell)) {
+			o->judged = 1;
+			return REASON_FORWARDED;
+		}
+	}
+	/* before the connections are asked: that is a hash look-up, which traffic of others shall not pay for */
+	if (s->direction == INGRESS && !is_for_host(p, s->flags))
+		return REASON_NOT_HOST;
 	if (p->class == CLASS_FRAG_NONFIRST)
 		return frag_follow(p);
-	o->cell = cell_of(s, s->direction, o->slot, p->port_index);
-	if (allows(o->cell)) {
-		o->judged = 1;
-		return REASON_FORWARDED;
-	}
 	if (is_reply(p, s->direction))
 		return REASON_REPLY;
 	if (is_related(p, s, data, end))
@@ -99,12 +104,12 @@ judge_ingress(const struct packet *p, const struct scope *s, struct outcome *o, 
 	}
 	if (p->link)
 		return;
-	o->reason = p->refuse ? p->refuse : judge_by_policy(p, s, o, data, end);
-	if (o->reason >= REASON_POLICY_DEFAULT && !is_for_host(p, s->flags)) {
-		o->reason = REASON_NOT_HOST;
-		o->judged = 0;
+	if (p->refuse)
+		o->reason = is_for_host(p, s->flags) ? p->refuse : REASON_NOT_HOST;
+	else
+		o->reason = judge_by_policy(p, s, o, data, end);
+	if (o->reason == REASON_NOT_HOST)
 		return;
-	}
 	tie_fragments(p, s, o);
 	if (o->reason == REASON_FORWARDED && s->enforced & BUFFER_ENFORCE_EGRESS) {
 		o->opens = flow_track(p, s, o->slot, cell_rule(o->cell), may_add);

@@ -1,10 +1,11 @@
 """What the data path costs, always beside something to compare with, in the same interleaved run.
 
-`python tests/bench/datapath.py` prints two tables. First nanoseconds per packet by BPF_PROG_TEST_RUN, for
-one hot packet and for random known sources, beside an empty program. Then whole nanoseconds per packet over
-a veth pair between two namespaces, sent by the kernel itself (live frames), beside plain XDP_DROP, nftables
-sets and no firewall, for 16 to 8,192 rules. Medians of the rounds; the ratios are what counts. Needs root;
-attaches only to devices in namespaces that it makes and removes.
+`python tests/bench/datapath.py` prints tables of nanoseconds per packet. First by BPF_PROG_TEST_RUN, for one
+hot packet and for random known sources among 10 to 1,000,000 peers, beside an empty program. Then whole
+packets over veth between namespaces, sent by the kernel itself (live frames): denied ones beside plain
+XDP_DROP, nftables sets and no firewall, for 16 to 8,192 rules, with and without events; allowed ones beside
+plain XDP_PASS with the same sink behind both; forwarded ones beside empty programs. Medians of the rounds;
+the ratios are what counts. Needs root; attaches only to devices in namespaces that it makes and removes.
 """
 
 import argparse
@@ -28,8 +29,18 @@ from bpf import frames, layout
 from bpf.features import instruction, returns
 from bpf.frames import ACK, SYN
 from bpf.layout import CellVerdict, Hook, Map, MapKind
+from bpf.loader import DEFAULT_EVENT_BUDGET
 from bpf.model import BufferFlag, Direction, Policy
-from bpf.run import PROGRAM_OF, SKB_SIZE, XDP_DROP, XDP_PASS, Rig
+from bpf.run import (
+    LOOPBACK,
+    PROGRAM_OF,
+    SKB_INGRESS_IFINDEX,
+    SKB_SIZE,
+    TCX_DROP,
+    XDP_DROP,
+    XDP_PASS,
+    Rig,
+)
 from bpf.syscall import (
     TEST_RUN_LIVE_FRAMES,
     XDP_HAS_FRAGS,
@@ -44,13 +55,16 @@ from bpf.syscall import (
 
 US, PEER, KUBELET = "192.0.2.1", "10.0.0.1", 10250
 ALLOW = CellVerdict.ALLOW << 28 | 16
-GENERATOR, RECEIVER = "mwbenchgen", "mwbenchrcv"
-GEN_DEVICE, RCV_DEVICE = "mwg0", "mwr0"
+GENERATOR, RECEIVER, BEHIND = "mwbenchgen", "mwbenchrcv", "mwbenchfar"
+GEN_DEVICE, RCV_DEVICE, OUT_DEVICE, FAR_DEVICE = "mwg0", "mwr0", "mwo0", "mwf0"
+ROUTED = "172.16.0.9"  # behind the receiver, which forwards
 SIOCETHTOOL, ETHTOOL_SGRO = 0x8946, 0x2C
 SIZES = layout.sized(
-    slots=1 << 15, cells=1 << 18, rules=1 << 15, ip4_blocks=256 + 8_192, hosts=1 << 21, prefixes6=1 << 10,
+    slots=1 << 17, cells=1 << 18, rules=1 << 15, ip4_blocks=256 + 8_192, hosts=1 << 16, prefixes6=1 << 10,
     conntrack=1 << 17,
 )  # fmt: skip
+KNOWN = 0x00FF1F00  # bits of 10.0.0.0 that vary over 8,192 networks, as the kernel stores an address
+IDENTITIES, CLASSES = 65_536, 1_000  # of a million peers
 
 
 def known_sources(rules: int, enforced: BufferFlag = BufferFlag.ENFORCE_INGRESS) -> Policy:
@@ -62,6 +76,21 @@ def known_sources(rules: int, enforced: BufferFlag = BufferFlag.ENFORCE_INGRESS)
     }
     own = {socket.inet_aton(US): layout.SLOT_HOST}
     return Policy(own, prefixes, rows, default={Direction.EGRESS: ALLOW}, enforced=enforced)
+
+
+def known_peers(peers: int) -> Policy:
+    """Dense addresses from 10.0.0.0 on, 65,536 identities of 1,000 kinds: pods of a large mesh."""
+    prefixes = {
+        (struct.pack(">I", 10 << 24 | number), 32): 4 + number % IDENTITIES for number in range(peers)
+    }
+    rows = {
+        (Direction.INGRESS, 4 + number): (
+            (KUBELET, KUBELET, CellVerdict.ALLOW << 28 | 16 + number % CLASSES),
+        )
+        for number in range(min(peers, IDENTITIES))
+    }
+    own = {socket.inet_aton(US): layout.SLOT_HOST}
+    return Policy(own, prefixes, rows, default={Direction.EGRESS: ALLOW}, enforced=BufferFlag.ENFORCE_INGRESS)
 
 
 class Randomiser:
@@ -129,6 +158,12 @@ class Row:
             ours / theirs for ours, theirs in zip(self.samples, other.samples, strict=True)
         )
 
+    def beyond(self, other: "Row") -> float:
+        """Median of the differences within each round."""
+        return statistics.median(
+            ours - theirs for ours, theirs in zip(self.samples, other.samples, strict=True)
+        )
+
 
 def interleaved(cases: Sequence[tuple[str, str, Callable[[], float]]], rounds: int) -> list[Row]:
     """Run every case once a round, so that a slow moment of the machine hits all of them."""
@@ -140,75 +175,114 @@ def interleaved(cases: Sequence[tuple[str, str, Callable[[], float]]], rounds: i
 
 
 def report(title: str, rows: Sequence[Row]) -> None:
-    """Print a table with ratios."""
+    """Print a table with ratios and differences."""
     by_name = {row.name: row for row in rows}
-    print(f"\n{title}\n{'':44}{'ns':>8}{'ratio':>8}  against")
+    print(f"\n{title}\n{'':48}{'ns':>8}{'ratio':>8}{'more':>8}  against")
     for row in rows:
-        ratio = f"{row.over(by_name[row.against]):8.2f}  {row.against}" if row.against else ""
-        print(f"{row.name:44}{row.median:8.0f}{ratio}")
+        beside = ""
+        if row.against:
+            other = by_name[row.against]
+            beside = f"{row.over(other):8.2f}{row.beyond(other):8.0f}  {row.against}"
+        print(f"{row.name:48}{row.median:8.0f}{beside}")
 
 
-def program_cost(rig: Rig, rounds: int, repeat: int) -> list[Row]:
-    """Nanoseconds of the program alone."""
+@contextlib.contextmanager
+def empty_programs(rig: Rig) -> Iterator[tuple[int, int]]:
+    """Programs that pass everything, at XDP and at TCX."""
     frags = XDP_HAS_FRAGS if rig.features.xdp_frags else 0
-    empty_xdp = prog_load(
-        ProgType.XDP, "mw_empty", returns(XDP_PASS), flags=frags, attach_type=AttachType.XDP
+    fds = (
+        prog_load(ProgType.XDP, "mw_empty", returns(XDP_PASS), flags=frags, attach_type=AttachType.XDP),
+        prog_load(ProgType.SCHED_CLS, "mw_empty", returns(-1)),
     )
-    empty_tcx = prog_load(ProgType.SCHED_CLS, "mw_empty", returns(-1))
-    context = bytes(SKB_SIZE)
-
-    def timed(program: int, frame: bytes, kind: ProgType) -> Callable[[], float]:
-        given = b"" if kind is ProgType.XDP else context
-        return lambda: float(prog_test_run(program, frame, repeat=repeat, context=given).duration_ns)
-
-    def ours(hook: Hook, frame: bytes) -> Callable[[], float]:
-        return timed(
-            rig.loaded.fds[PROGRAM_OF[hook]], frame, ProgType.XDP if hook is Hook.XDP else ProgType.SCHED_CLS
-        )
-
-    allowed, denied = frames.tcp(PEER, US, 40000, KUBELET), frames.tcp("203.0.113.9", US, 40000, KUBELET)
-    going_on = frames.tcp(PEER, US, 40000, KUBELET, ACK)
-    forwarded = frames.tcp("203.0.113.9", "172.16.0.9", 40000, 80)
-    sent = frames.tcp(US, "203.0.113.9", 50000, 443)
-    answer = frames.tcp("203.0.113.9", US, 443, 50000, SYN | ACK)
-    rig.run(Hook.TCX_EGRESS, sent)
-    # a program array takes programs of one kind only; frags support and attach type are part of the kind
-    wrap_empty = Randomiser(empty_xdp, 0x1FFF00, frags)
-    wrap_ours = Randomiser(rig.loaded.fds["xdp"], 0x1FFF00, frags)
-    unknown = Randomiser(rig.loaded.fds["xdp"], -256, frags)
-    x, i, e = "xdp empty", "tcx empty", "tcx empty"
-    cases = [
-        (x, "", timed(empty_xdp, denied, ProgType.XDP)),
-        ("xdp denied, new connection", x, ours(Hook.XDP, denied)),
-        ("xdp allowed, new connection", x, ours(Hook.XDP, allowed)),
-        ("xdp allowed, established", x, ours(Hook.XDP, going_on)),
-        ("xdp answer to our connection", x, ours(Hook.XDP, answer)),
-        ("xdp forwarded", x, ours(Hook.XDP, forwarded)),
-        ("xdp empty, random sources", "", timed(wrap_empty.fd, going_on, ProgType.XDP)),
-        (
-            "xdp, random sources of 8,192 networks",
-            "xdp empty, random sources",
-            timed(wrap_ours.fd, going_on, ProgType.XDP),
-        ),
-        (
-            "xdp, random sources, mostly unknown",
-            "xdp empty, random sources",
-            timed(unknown.fd, allowed, ProgType.XDP),
-        ),
-        (i, "", timed(empty_tcx, denied, ProgType.SCHED_CLS)),
-        ("tcx denied, new connection", i, ours(Hook.TCX_INGRESS, denied)),
-        ("tcx allowed, new connection", i, ours(Hook.TCX_INGRESS, allowed)),
-        ("tcx allowed, established", i, ours(Hook.TCX_INGRESS, going_on)),
-        ("tcx answer to our connection", i, ours(Hook.TCX_INGRESS, answer)),
-        ("tcx egress, established", e, ours(Hook.TCX_EGRESS, sent)),
-    ]
     try:
-        return interleaved(cases, rounds)
+        yield fds
     finally:
-        for one in (wrap_empty, wrap_ours, unknown):
-            one.close()
-        os.close(empty_xdp)
-        os.close(empty_tcx)
+        for fd in fds:
+            os.close(fd)
+
+
+Timed = Callable[[], float]
+
+
+class Alone:
+    """Measures programs by the kernel's test run."""
+
+    def __init__(self, repeat: int) -> None:
+        self._repeat = repeat
+
+    def xdp(self, program: int, frame: bytes) -> Timed:
+        """At XDP."""
+        return lambda: float(prog_test_run(program, frame, repeat=self._repeat).duration_ns)
+
+    def tcx(self, program: int, frame: bytes, *, forwarded: bool = False) -> Timed:
+        """At TCX; forwarded: as seen on the way out of a packet that came from another device."""
+        context = bytearray(SKB_SIZE)
+        if forwarded:
+            struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, LOOPBACK)
+        given = bytes(context)
+        return lambda: float(prog_test_run(program, frame, repeat=self._repeat, context=given).duration_ns)
+
+
+def together(*parts: Timed) -> Timed:
+    """The sum of several."""
+    return lambda: sum(part() for part in parts)
+
+
+def program_cost(rig: Rig, few: Rig, many: Rig, rounds: int, repeat: int) -> list[Row]:
+    """Nanoseconds of the programs alone. rig: 8,192 networks; few, many: 10 and 1,000,000 peers."""
+    alone = Alone(repeat)
+    stranger = "203.0.113.9"
+    allowed, denied = frames.tcp(PEER, US, 40000, KUBELET), frames.tcp(stranger, US, 40000, KUBELET)
+    going_on = frames.tcp(PEER, US, 40000, KUBELET, ACK)
+    forwarded = frames.tcp(stranger, ROUTED, 40000, 80, ACK)
+    sent, answer = frames.tcp(US, stranger, 50000, 443), frames.tcp(stranger, US, 443, 50000, SYN | ACK)
+    rig.run(Hook.TCX_EGRESS, sent)
+    ours, ingress, egress = (rig.loaded.fds[PROGRAM_OF[hook]] for hook in Hook)
+    with empty_programs(rig) as (empty_xdp, empty_tcx), contextlib.ExitStack() as wrappers:
+        frags = XDP_HAS_FRAGS if rig.features.xdp_frags else 0
+
+        def random_sources(program: int, mask: int, frame: bytes = going_on) -> Timed:
+            # a program array takes programs of one kind only; frags support and attach type are part of the kind
+            wrapper = wrappers.enter_context(contextlib.closing(Randomiser(program, mask, frags)))
+            return alone.xdp(wrapper.fd, frame)
+
+        x, i, random, through = "xdp empty", "tcx empty", "xdp empty, random sources", "empty, in and out"
+        cases = [
+            (x, "", alone.xdp(empty_xdp, denied)),
+            ("xdp denied, new connection", x, alone.xdp(ours, denied)),
+            ("xdp allowed, new connection", x, alone.xdp(ours, allowed)),
+            ("xdp allowed, established", x, alone.xdp(ours, going_on)),
+            ("xdp answer to our connection", x, alone.xdp(ours, answer)),
+            ("xdp forwarded", x, alone.xdp(ours, forwarded)),
+            (random, "", random_sources(empty_xdp, KNOWN)),
+            ("xdp, random sources of 8,192 networks", random, random_sources(ours, KNOWN)),
+            ("xdp, random sources, mostly unknown, new", random, random_sources(ours, -256, allowed)),
+            ("xdp, random sources, mostly unknown, going on", random, random_sources(ours, -256)),
+            ("xdp, random sources of 10 peers", random, random_sources(few.loaded.fds["xdp"], 0x07000000)),
+            # 20 bits, as the kernel stores them
+            (
+                "xdp, random sources of 1,000,000 peers",
+                random,
+                random_sources(many.loaded.fds["xdp"], -0xF100),
+            ),
+            (i, "", alone.tcx(empty_tcx, denied)),
+            ("tcx denied, new connection", i, alone.tcx(ingress, denied)),
+            ("tcx allowed, new connection", i, alone.tcx(ingress, allowed)),
+            ("tcx allowed, established", i, alone.tcx(ingress, going_on)),
+            ("tcx answer to our connection", i, alone.tcx(ingress, answer)),
+            ("tcx egress, established", i, alone.tcx(egress, sent)),
+            (
+                through,
+                "",
+                together(alone.tcx(empty_tcx, forwarded), alone.tcx(empty_tcx, forwarded, forwarded=True)),
+            ),
+            (
+                "forwarded, tcx in and out",
+                through,
+                together(alone.tcx(ingress, forwarded), alone.tcx(egress, forwarded, forwarded=True)),
+            ),
+        ]
+        return interleaved(cases, rounds)
 
 
 # Packets over a veth pair
@@ -238,39 +312,49 @@ def ip(*words: str) -> None:
 
 @contextlib.contextmanager
 def cable() -> Iterator[None]:
-    """A veth pair between two namespaces of our own."""
-    made = []
+    """Namespaces of our own in a row, each with a veth pair to the next; the one in the middle forwards."""
+    names = (GENERATOR, RECEIVER, BEHIND)
     try:
-        for name in (GENERATOR, RECEIVER):
+        for name in names:
             ip("netns", "add", name)
-            made.append(name)
+        for here, device, there, peer in (
+            (GENERATOR, GEN_DEVICE, RECEIVER, RCV_DEVICE),
+            (RECEIVER, OUT_DEVICE, BEHIND, FAR_DEVICE),
+        ):
+            ip("-n", here, "link", "add", device, "type", "veth", "peer", "name", peer, "netns", there)
+            ip("-n", here, "link", "set", device, "up")
+            ip("-n", there, "link", "set", peer, "up")
+        ip("-n", RECEIVER, "addr", "add", f"{US}/24", "dev", RCV_DEVICE)
+        ip("-n", RECEIVER, "addr", "add", "172.16.0.1/24", "dev", OUT_DEVICE)
+        with inside(BEHIND):
+            far = mac_of(FAR_DEVICE)
         ip(
             "-n",
-            GENERATOR,
-            "link",
-            "add",
-            GEN_DEVICE,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            RCV_DEVICE,
-            "netns",
             RECEIVER,
+            "neigh",
+            "add",
+            ROUTED,
+            "lladdr",
+            far.hex(":"),
+            "dev",
+            OUT_DEVICE,
+            "nud",
+            "permanent",
         )
-        ip("-n", RECEIVER, "addr", "add", f"{US}/24", "dev", RCV_DEVICE)
-        ip("-n", GENERATOR, "link", "set", GEN_DEVICE, "up")
-        ip("-n", RECEIVER, "link", "set", RCV_DEVICE, "up")
         with inside(RECEIVER):
             _gro_on(RCV_DEVICE)
-            for setting in ("ipv4/conf/all/rp_filter", f"ipv4/conf/{RCV_DEVICE}/rp_filter"):
-                with contextlib.suppress(OSError):
-                    Path("/proc/sys/net", setting).write_text("0", encoding="ascii")
+            for setting, value in (
+                ("ipv4/conf/all/rp_filter", "0"),
+                (f"ipv4/conf/{RCV_DEVICE}/rp_filter", "0"),
+                ("ipv4/ip_forward", "1"),
+            ):
+                Path("/proc/sys/net", setting).write_text(value, encoding="ascii")
+        ip("-n", RECEIVER, "route", "add", "10.0.0.0/8", "dev", RCV_DEVICE)
         time.sleep(0.3)  # the links' state settles
         yield
     finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "del", name], check=False)
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
 
 def _gro_on(device: str) -> None:
@@ -314,10 +398,21 @@ def _with_checksums(frame: bytes) -> bytes:
     return halves + _checksum(header, 24) + _checksum(pseudo, 50)
 
 
+def _as_before(frame: bytes) -> bytes:
+    """After _with_random_source: undo what a router did, for pages come back and are sent again."""
+    low, high = struct.unpack("=iH", frame[:6])
+    return (
+        instruction(0x62, 7, offset=0, immediate=low)
+        + instruction(0x6A, 7, offset=4, immediate=high)
+        + instruction(0x72, 7, offset=22, immediate=frame[22])
+    )
+
+
 def sender(ifindex: int, mask: int, frame: bytes) -> int:
     """A program that gives each frame a random source and sends it out of a device."""
     code = (
         _with_random_source(mask)
+        + _as_before(frame)
         + _with_checksums(frame)
         + instruction(0xB7, 1, immediate=ifindex)
         + instruction(0xB7, 2)
@@ -327,20 +422,23 @@ def sender(ifindex: int, mask: int, frame: bytes) -> int:
     return prog_load(ProgType.XDP, "mw_sender", code)
 
 
-def received() -> int:
-    """Packets that came in at the receiving device, whatever became of them; read in its namespace."""
-    with inside(RECEIVER):
+def received(namespace: str, device: str) -> int:
+    """Packets that came in at a device, whatever became of them."""
+    with inside(namespace):
         raw = subprocess.run(
-            ["ip", "-s", "-j", "link", "show", RCV_DEVICE], capture_output=True, check=True
+            ["ip", "-s", "-j", "link", "show", device], capture_output=True, check=True
         ).stdout
     return int(json.loads(raw)[0]["stats64"]["rx"]["packets"])
 
 
 @contextlib.contextmanager
-def linked(program: int, kind: AttachType, flags: int = 0) -> Iterator[None]:
-    """The program on the receiving device."""
-    with inside(RECEIVER):
-        link = link_create(program, socket.if_nametoindex(RCV_DEVICE), kind, flags)
+def linked(
+    program: int, kind: AttachType, device: str = RCV_DEVICE, namespace: str = RECEIVER
+) -> Iterator[None]:
+    """The program on a device."""
+    flags = XDP_NATIVE if kind is AttachType.XDP else 0
+    with inside(namespace):
+        link = link_create(program, socket.if_nametoindex(device), kind, flags)
     try:
         yield
     finally:
@@ -370,61 +468,205 @@ def nftables(rules: int, hook: str) -> Iterator[None]:
             subprocess.run(["nft", "delete", "table", *table.split()], check=True)
 
 
-Setting = Callable[[], contextlib.AbstractContextManager[None]]
+Setting = Callable[[], contextlib.AbstractContextManager[object]]
+Case = tuple[str, str, Setting]
 
 
-def settings(rig: Rig, drop: int, rules: int) -> list[tuple[str, str, Setting]]:
+@dataclass(frozen=True)
+class Programs:
+    """What may stand at a device besides ours."""
+
+    xdp_drop: int
+    xdp_pass: int
+    tcx_drop: int
+    tcx_pass: int
+
+
+@contextlib.contextmanager
+def plain_programs() -> Iterator[Programs]:
+    """Programs of two instructions."""
+    fds = [
+        prog_load(ProgType.XDP, "mw_drop", returns(XDP_DROP)),
+        prog_load(ProgType.XDP, "mw_pass", returns(XDP_PASS)),
+        prog_load(ProgType.SCHED_CLS, "mw_drop", returns(TCX_DROP)),
+        prog_load(ProgType.SCHED_CLS, "mw_pass", returns(-1)),
+    ]
+    try:
+        yield Programs(*fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def several(*settings: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+    """All of them, attached in this order."""
+    with contextlib.ExitStack() as stack:
+        for setting in settings:
+            stack.enter_context(setting)
+        yield
+
+
+@contextlib.contextmanager
+def events_off(rig: Rig) -> Iterator[None]:
+    """No event in any second."""
+    at = layout.CONFIG.offsets()["event_budget"]
+    with rig.maps["config"].mmap(writable=True) as memory:
+        (before,) = struct.unpack_from("=I", memory, at)
+        struct.pack_into("=I", memory, at, 0)
+        try:
+            yield
+        finally:
+            struct.pack_into("=I", memory, at, before)
+
+
+def when_denied(rig: Rig, plain: Programs, rules: int) -> list[Case]:
     """What stands at the receiving device: name, what it is compared with, how to put it there."""
-    fds = rig.loaded.fds
+    xdp, ingress = rig.loaded.fds["xdp"], rig.loaded.fds["tcx_ingress"]
     return [
-        ("plain XDP_DROP", "", lambda: linked(drop, AttachType.XDP, XDP_NATIVE)),
-        ("meshwall XDP", "plain XDP_DROP", lambda: linked(fds["xdp"], AttachType.XDP, XDP_NATIVE)),
-        ("meshwall TCX", "nftables set, ingress", lambda: linked(fds["tcx_ingress"], AttachType.TCX_INGRESS)),
+        ("plain XDP_DROP", "", lambda: linked(plain.xdp_drop, AttachType.XDP)),
+        ("meshwall XDP", "plain XDP_DROP", lambda: linked(xdp, AttachType.XDP)),
+        (
+            "meshwall XDP, no events",
+            "meshwall XDP",
+            lambda: several(linked(xdp, AttachType.XDP), events_off(rig)),
+        ),
+        (
+            "plain drop at TCX",
+            "nftables set, ingress",
+            lambda: linked(plain.tcx_drop, AttachType.TCX_INGRESS),
+        ),
+        ("meshwall TCX", "nftables set, ingress", lambda: linked(ingress, AttachType.TCX_INGRESS)),
         ("nftables set, ingress", "", lambda: nftables(rules, "ingress")),
         ("nftables set, input", "", lambda: nftables(rules, "input")),
         ("no firewall", "", contextlib.nullcontext),
     ]
 
 
-def packet_cost(rules: Sequence[int], rounds: int, count: int, rig: Rig) -> dict[int, list[Row]]:
-    """Nanoseconds per packet from sending to its drop, for each number of rules."""
-    found: dict[int, list[Row]] = {}
-    drop = prog_load(ProgType.XDP, "mw_drop", returns(XDP_DROP))
-    with cable():
+def when_allowed(rig: Rig, plain: Programs) -> list[Case]:
+    """The same, with a sink behind that drops everything."""
+    xdp, ingress = rig.loaded.fds["xdp"], rig.loaded.fds["tcx_ingress"]
+
+    def sunk(
+        *settings: contextlib.AbstractContextManager[object],
+    ) -> contextlib.AbstractContextManager[object]:
+        return several(*settings, linked(plain.tcx_drop, AttachType.TCX_INGRESS))
+
+    return [
+        ("plain XDP_PASS, sink", "", lambda: sunk(linked(plain.xdp_pass, AttachType.XDP))),
+        ("meshwall XDP, sink", "plain XDP_PASS, sink", lambda: sunk(linked(xdp, AttachType.XDP))),
+        (
+            "meshwall XDP and TCX, sink",
+            "plain XDP_PASS, sink",
+            lambda: sunk(linked(xdp, AttachType.XDP), linked(ingress, AttachType.TCX_INGRESS)),
+        ),
+        ("sink alone", "", sunk),
+        ("meshwall TCX, sink", "sink alone", lambda: sunk(linked(ingress, AttachType.TCX_INGRESS))),
+    ]
+
+
+def when_forwarded(rig: Rig, plain: Programs) -> list[Case]:
+    """At both devices of the host that forwards; what came through is dropped at once."""
+    fds = rig.loaded.fds
+
+    def at_both(xdp: int | None, ingress: int, egress: int) -> contextlib.AbstractContextManager[object]:
+        settings = [
+            linked(ingress, AttachType.TCX_INGRESS),
+            linked(egress, AttachType.TCX_EGRESS),
+            linked(ingress, AttachType.TCX_INGRESS, OUT_DEVICE),
+            linked(egress, AttachType.TCX_EGRESS, OUT_DEVICE),
+        ]
+        if xdp is not None:
+            settings.append(linked(xdp, AttachType.XDP))
+        return several(*settings)
+
+    return [
+        ("no programs", "", contextlib.nullcontext),
+        ("empty TCX", "no programs", lambda: at_both(None, plain.tcx_pass, plain.tcx_pass)),
+        ("meshwall TCX", "empty TCX", lambda: at_both(None, fds["tcx_ingress"], fds["tcx_egress"])),
+        ("empty XDP and TCX", "no programs", lambda: at_both(plain.xdp_pass, plain.tcx_pass, plain.tcx_pass)),
+        (
+            "meshwall XDP and TCX",
+            "empty XDP and TCX",
+            lambda: at_both(fds["xdp"], fds["tcx_ingress"], fds["tcx_egress"]),
+        ),
+    ]
+
+
+class Sender:
+    """Sends from the generating namespace and waits until all has arrived."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
         with inside(GENERATOR):
-            index = socket.if_nametoindex(GEN_DEVICE)
+            self._index = socket.if_nametoindex(GEN_DEVICE)
         with inside(RECEIVER):
-            mac = mac_of(RCV_DEVICE)
-        frame = frames.ip(PEER, US, 6, frames.tcp_segment(40000, 22), mac=mac)  # a port that no rule allows
-        program = sender(index, 0x00FFFF00, frame)
+            self._mac = mac_of(RCV_DEVICE)
 
-        def send() -> float:
-            before, started = received(), time.perf_counter()
-            with inside(GENERATOR):
-                prog_test_run(program, frame, repeat=count, flags=TEST_RUN_LIVE_FRAMES, batch_size=64)
-            took = time.perf_counter() - started
-            arrived = received() - before
-            if arrived < count:
-                raise RuntimeError(
-                    f"only {arrived} of {count} packets arrived: the figures would mean nothing"
-                )
-            return took / count * 1e9
+    @contextlib.contextmanager
+    def sending(self, target: str, port: int, at: tuple[str, str], mask: int = 0x00FFFF00) -> Iterator[Timed]:
+        """ns per packet to this address and port; at: namespace and device that must see every one."""
+        frame = frames.ip(PEER, target, 6, frames.tcp_segment(40000, port), mac=self._mac)
+        program = sender(self._index, mask, frame)
+        try:
+            yield lambda: self._send(program, frame, at)
+        finally:
+            os.close(program)
 
-        def under(setting: Setting) -> Callable[[], float]:
-            def measure() -> float:
-                with setting():
-                    return send()
-
-            return measure
-
-        for number in rules:
-            rig.install(known_sources(number), event_budget=10)
-            found[number] = interleaved(
-                [(name, to, under(setting)) for name, to, setting in settings(rig, drop, number)], rounds
+    def _send(self, program: int, frame: bytes, at: tuple[str, str]) -> float:
+        before, started = received(*at), time.perf_counter()
+        with inside(GENERATOR):
+            prog_test_run(program, frame, repeat=self._count, flags=TEST_RUN_LIVE_FRAMES, batch_size=64)
+        took = time.perf_counter() - started
+        arrived = received(*at) - before
+        if arrived < self._count:
+            raise RuntimeError(
+                f"only {arrived} of {self._count} packets arrived: the figures would mean nothing"
             )
-        os.close(program)
-    os.close(drop)
+        return took / self._count * 1e9
+
+
+def under(cases: Sequence[Case], send: Timed) -> list[tuple[str, str, Timed]]:
+    """What interleaved() takes: each case sends under its setting."""
+
+    def measure(setting: Setting) -> Timed:
+        def once() -> float:
+            with setting():
+                return send()
+
+        return once
+
+    return [(name, against, measure(setting)) for name, against, setting in cases]
+
+
+def packet_cost(rules: Sequence[int], rounds: int, count: int, rig: Rig) -> dict[str, list[Row]]:
+    """Nanoseconds per packet from sending to its end, by title of the table."""
+    found: dict[str, list[Row]] = {}
+    arriving, through = (RECEIVER, RCV_DEVICE), (BEHIND, FAR_DEVICE)
+    with cable(), plain_programs() as plain:
+        sent = Sender(count)
+        for number in rules:
+            rig.install(known_sources(number), event_budget=DEFAULT_EVENT_BUDGET)
+            with sent.sending(US, 22, arriving) as send:  # a port that no rule allows
+                found[f"Denied over veth, {number:,} rules"] = interleaved(
+                    under(when_denied(rig, plain, number), send), rounds
+                )
+        rig.install(known_sources(8_192), event_budget=DEFAULT_EVENT_BUDGET)
+        with sent.sending(US, KUBELET, arriving, KNOWN) as send:
+            found["Allowed over veth"] = interleaved(under(when_allowed(rig, plain), send), rounds)
+        with (
+            linked(plain.xdp_drop, AttachType.XDP, FAR_DEVICE, BEHIND),
+            sent.sending(ROUTED, 80, through) as send,
+        ):
+            found["Forwarded over veth"] = interleaved(under(when_forwarded(rig, plain), send), rounds)
     return found
+
+
+def print_loading(rig: Rig) -> None:
+    """What the verifier did."""
+    for name, info in rig.loaded.info.items():
+        print(f"{name}: {info.instructions} instructions, {info.verified_instructions} verified")
+    print(f"compiled in {rig.loaded.compile_s:.2f} s, verified and loaded in {rig.loaded.load_s:.2f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -441,18 +683,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.geteuid():
         print("this bench loads BPF programs: it needs root", file=sys.stderr)
         return 1
+    tables: dict[str, list[Row]] = {}
     with Rig(SIZES) as rig:
-        for name, info in rig.loaded.info.items():
-            print(f"{name}: {info.instructions} instructions, {info.verified_instructions} verified")
-        rig.install(known_sources(8_192), event_budget=10)
-        programs = program_cost(rig, options.rounds, options.repeat)
-        report("Program alone, 8,192 rules", programs)
-        packets = packet_cost(options.rules, options.rounds, options.packets, rig)
-    for number, rows in packets.items():
-        report(f"Denied packets over veth, sending included, {number:,} rules", rows)
+        print_loading(rig)
+        with Rig(SIZES) as few, Rig(SIZES) as many:
+            rig.install(known_sources(8_192), event_budget=10)
+            few.install(known_peers(10), event_budget=10)
+            many.install(known_peers(1 << 20), event_budget=10)
+            tables["Program alone"] = program_cost(rig, few, many, options.rounds, options.repeat)
+        report("Program alone", tables["Program alone"])
+        for title, rows in packet_cost(options.rules, options.rounds, options.packets, rig).items():
+            tables[title] = rows
+            report(f"{title}, sending included", rows)
     if options.json:
-        every = {"programs": programs, **{f"veth {number} rules": rows for number, rows in packets.items()}}
-        medians = {title: {row.name: row.median for row in rows} for title, rows in every.items()}
+        medians = {title: {row.name: row.median for row in rows} for title, rows in tables.items()}
         options.json.write_text(json.dumps(medians, indent=2), encoding="utf-8")
     return 0
 
