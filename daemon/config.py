@@ -169,6 +169,17 @@ class Hubble(Section):
         return self
 
 
+class Record(Section):
+    """Flows on disk, in `flows` below `state_dir`."""
+
+    enabled: bool = Field(default=True, description="keep flows on disk, for `meshwall observe --since 6h`")
+    max_mib: int = Field(default=512, ge=16, le=1 << 20, description="MiB at most; the oldest go first")
+    max_age_h: int = Field(default=24, ge=1, le=24 * 366, description="hours at most")
+    rate: int = Field(
+        default=2_000, ge=10, le=100_000, description="events a second at most; the rest is counted as lost"
+    )
+
+
 class Config(Section):
     """All settings."""
 
@@ -260,6 +271,7 @@ class Config(Section):
     flows: int = Field(
         default=65_536, ge=256, le=1 << 24, description="flows that are remembered for `meshwall observe`"
     )
+    record: Record = Field(default=Record(), description="flows kept on disk; see below")
     hubble: Hubble = Field(default=Hubble(), description="the API of Hubble; see below")
     map_sizes: MapSizes = Field(default=MapSizes(), description="room in the kernel's tables; see below")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -554,6 +566,7 @@ def reference() -> str:
         ("Settings", Config, ""),
         ("etcd", Etcd, "Keys below `etcd`."),
         ("failsafe", FailsafeEntry, "Entries of the `failsafe` list. The default list:"),
+        ("record", Record, "Keys below `record`. " + (Record.__doc__ or "")),
         ("hubble", Hubble, "Keys below `hubble`."),
         ("map_sizes", MapSizes, "Keys below `map_sizes`. " + (MapSizes.__doc__ or "")),
     ):
@@ -574,7 +587,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 def _default_text(name: str, default: object) -> str:
     if default is PydanticUndefined:
         return "host name" if name == "node_name" else "required"
-    if name in ("failsafe", "hubble", "map_sizes"):
+    if name in ("failsafe", "record", "hubble", "map_sizes"):
         return "below"
     if default is None or default in ((), {}, ""):
         return "-"

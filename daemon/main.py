@@ -30,6 +30,7 @@ from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, FailsafeEntry, load
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.flows.pipeline import FlowPipeline
+from daemon.flows.record import Recorder, RecordSettings
 from daemon.model.net import Direction, Proto, parse_prefix
 from daemon.policy.ccnp import LanguageSettings
 from daemon.policy.compile import CompileSettings, Failsafe
@@ -120,6 +121,14 @@ def store(config: Config) -> KV:
     from clustermesh.etcd import EtcdKV, EtcdSettings  # noqa: PLC0415 - 20 MiB of gRPC that not everyone needs
 
     return EtcdKV(EtcdSettings(**config.etcd.model_dump()))
+
+
+def record_settings(config: Config) -> RecordSettings:
+    """Where and how much of the flows is kept."""
+    record = config.record
+    return RecordSettings(
+        config.state_dir / "flows", record.max_mib << 20, record.max_age_h * 3600, record.rate
+    )
 
 
 def hubble_settings(config: Config) -> HubbleSettings:
@@ -217,6 +226,8 @@ class Daemon:
         yield "policy files", self._files.run
         yield from self._mesh_work()
         yield "flows", self._pipeline.run
+        if self.config.record.enabled:
+            yield "record", Recorder(record_settings(self.config), self._pipeline, self.tables).run
         yield "data path", self._program.run
 
     def _mesh_work(self) -> Iterator[tuple[str, Work]]:
@@ -261,7 +272,8 @@ class Daemon:
         yield from status.routes(glance)
         yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
         yield from mesh.routes(self.tables)
-        yield from flows.routes(self._pipeline)
+        kept = record_settings(config).directory if config.record.enabled else None
+        yield from flows.routes(self._pipeline, kept)
         yield from metrics.routes(self._pipeline, self.tables, self._watch.stalls)
 
     # -- what others see of us

@@ -15,10 +15,10 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from daemon.api.flows import Json, flow_json
 from daemon.api.hubblepb import flow_pb2, observer_pb2, peer_pb2, relay_pb2
 from daemon.api.status import program_version
 from daemon.flows.filters import FilterError, parse_filters
+from daemon.flows.lines import Json, flow_json
 from daemon.flows.observe import Request, arrivals
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.flow import Flow, Lost

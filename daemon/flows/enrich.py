@@ -6,6 +6,7 @@ name is shown only while its address still belongs to the identity that the data
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from bpf.layout import (
@@ -15,7 +16,7 @@ from bpf.layout import (
     Hook,
     PacketClass,
 )
-from daemon.flows.decode import Brief, Event, address_text, meaning
+from daemon.flows.decode import Brief, Event, address_text, events, meaning
 from daemon.model.flow import Endpoint, Flow
 from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, Label, LabelSet, format_labels
@@ -35,8 +36,8 @@ _WITH_PORTS = frozenset({int(Proto.TCP), int(Proto.UDP), int(Proto.SCTP)})
 _LATER_FRAGMENT = int(PacketClass.FRAG_NONFIRST)
 
 
-class _Side(NamedTuple):
-    """What does not depend on the port, in the order of Endpoint's fields around it."""
+class Side(NamedTuple):
+    """One side of a flow: what does not depend on the port, in the order of Endpoint's fields around it."""
 
     address: str
     identity: Identity
@@ -60,72 +61,54 @@ class _Side(NamedTuple):
         )
 
 
-class _Book(NamedTuple):
+SideKey = tuple[int, bytes, int, bool]  # family, address, identity, local
+
+
+class Book(NamedTuple):
     """The rules of a generation, and for each direction the policies that put it under default deny."""
 
     rules: Mapping[int, RuleOrigin]
     restricting: tuple[tuple[str, ...], tuple[str, ...]]
 
 
-_NO_BOOK = _Book({}, ((), ()))
+NO_BOOK = Book({}, ((), ()))
 
 
-class Directory:
-    """What is known of identities, addresses, rules and devices, for flows that are being looked at.
+class Known(NamedTuple):
+    """What events refer to. `sides` has those only that `plain_side` would not give."""
 
-    `ip_sources` are the sources that have rows in tables.ips, `generation_now` tells what the data path
-    enforces (None: unknown); the pipeline keeps both up to date.
-    """
+    node: str
+    cluster: str
+    devices: Mapping[int, str]
+    labels: Mapping[int, tuple[str, ...]]
+    sides: Mapping[SideKey, Side]
+    books: Mapping[int, Book]
 
-    def __init__(self, tables: Tables) -> None:
-        self.ip_sources: set[str] = set()
-        self.generation_now: Callable[[], int | None] = lambda: None
-        self._since = 0  # earlier events are of another data path, whose generations mean nothing here
-        self._tables = tables
-        self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
-        self._books: dict[int, _Book] = {}
-        self._book = _NO_BOOK
-        self._book_revision = -1
-        self._revisions: tuple[int, ...] = ()
-        self._sides: dict[tuple[int, bytes, int, bool], _Side] = {}
-        self._devices: dict[int, str] = {}
-        self._host_labels = format_labels(reserved_labels(Identity(Reserved.HOST)))
-        self._nodes: dict[Prefix, NodeKey] = {}
+
+@lru_cache(maxsize=4_096)
+def cluster_in(labels: tuple[str, ...]) -> str:
+    """The cluster that an identity's labels name; empty when they name none."""
+    return next((one[len(CLUSTER_LABEL) :] for one in labels if one.startswith(CLUSTER_LABEL)), "")
+
+
+def plain_side(key: SideKey, labels: tuple[str, ...]) -> Side:
+    """A side of which nothing is known but its identity's labels."""
+    family, address, identity, _ = key
+    cluster = cluster_in(labels)
+    return Side(address_text(family, address), Identity(identity), labels, "", "", "", cluster)
+
+
+class Enricher:
+    """Events to flows, given sides, books and devices: of now (Directory) or as they were recorded."""
+
+    def __init__(self) -> None:
         self.node = self.cluster = ""
-
-    def note(self, seen: Iterable[Brief]) -> None:
-        """Remember what these events mean now, before the tables move on."""
-        if self._tables.rules.revision != self._book_revision:
-            self._take_rules()
-        for one in seen:
-            if one.identity not in self._labels:
-                self.labels(one.identity)
-            if one.generation not in self._books:
-                self._keep_book(one.generation, self._book_of(one.generation))
-
-    def new_data_path(self, number: int) -> None:
-        """Generations count anew, beginning with the event of this number."""
-        self._books.clear()
-        self._since = number
-        self._take_rules()
-
-    def labels(self, identity: int) -> tuple[str, ...]:
-        """The labels of an identity as text; those it last had when it has gone."""
-        row = self._tables.identities.get(Identity(identity))
-        found = row.labels if row else _built_in_labels(identity)
-        known = self._labels.get(identity)
-        if known and (not found or known[0] == found):
-            return known[1]
-        if not found:
-            return ()
-        if len(self._labels) >= IDENTITIES:
-            del self._labels[next(iter(self._labels))]
-        text = format_labels(found)
-        self._labels[identity] = (found, text)
-        return text
+        self._since = 0  # earlier events are of another data path, whose generations mean nothing here
+        self._books: dict[int, Book] = {}
+        self._devices: dict[int, str] = {}
 
     def flow(self, number: int, event: Event, offset_ns: int) -> Flow:
-        """The flow of an event, as of the last `refresh`. `offset_ns` is wall clock minus CLOCK_MONOTONIC."""
+        """The flow of an event. `offset_ns` is wall clock minus CLOCK_MONOTONIC."""
         (
             time_ns, saddr, daddr, sport_be, dport_be, kind, reason, towards, hook, family, proto, tcp_flags,
             icmp_type, icmp_code, verdict, ethertype_be, identity, rule, ifindex, length,
@@ -140,7 +123,7 @@ class Directory:
         destination = self._side(family, daddr, identity, not outgoing).endpoint(dport, local=not outgoing)
         means = meaning(kind, reason, verdict)
         judged = means.judged
-        book = self._books.get(generation, _NO_BOOK) if number >= self._since else _NO_BOOK
+        book = self._books.get(generation, NO_BOOK) if number >= self._since else NO_BOOK
         return Flow(
             number,
             time_ns + offset_ns,
@@ -170,7 +153,84 @@ class Directory:
             self.cluster,
         )
 
-    def _side(self, family: int, address: bytes, identity: int, local: bool) -> _Side:
+    def _side(self, family: int, address: bytes, identity: int, local: bool) -> Side:
+        raise NotImplementedError
+
+
+class Directory(Enricher):
+    """What is known of identities, addresses, rules and devices, for flows that are being looked at.
+
+    `ip_sources` are the sources that have rows in tables.ips, `generation_now` tells what the data path
+    enforces (None: unknown); the pipeline keeps both up to date.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__()
+        self.ip_sources: set[str] = set()
+        self.generation_now: Callable[[], int | None] = lambda: None
+        self._tables = tables
+        self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
+        self._book = NO_BOOK
+        self._book_revision = -1
+        self._revisions: tuple[int, ...] = ()
+        self._sides: dict[SideKey, Side] = {}
+        self._host_labels = format_labels(reserved_labels(Identity(Reserved.HOST)))
+        self._nodes: dict[Prefix, NodeKey] = {}
+
+    def note(self, seen: Iterable[Brief]) -> None:
+        """Remember what these events mean now, before the tables move on."""
+        if self._tables.rules.revision != self._book_revision:
+            self._take_rules()
+        for one in seen:
+            if one.identity not in self._labels:
+                self.labels(one.identity)
+            if one.generation not in self._books:
+                self._keep_book(one.generation, self._book_of(one.generation))
+
+    def new_data_path(self, number: int) -> None:
+        """Generations count anew, beginning with the event of this number."""
+        self._books.clear()
+        self._since = number
+        self._take_rules()
+
+    def known(self, raw: bytes) -> Known:
+        """Everything that a run of whole events needs to be understood later, as of the last `refresh`."""
+        sides: dict[SideKey, Side] = {}
+        generations, interfaces, identities = set(), set(), set()
+        for event in events(raw):
+            outgoing = event.direction != 0
+            for address, local in ((event.saddr, outgoing), (event.daddr, not outgoing)):
+                key = (event.family, address, event.identity, local)
+                if key not in sides:
+                    sides[key] = self._side(*key)
+            generations.add(event.generation)
+            interfaces.add(event.ifindex)
+            identities.add(event.identity)
+        return Known(
+            self.node,
+            self.cluster,
+            {index: name for index in interfaces if (name := self._devices.get(index))},
+            {one: labels for one in identities if (labels := self.labels(one))},
+            {key: side for key, side in sides.items() if side != plain_side(key, self.labels(key[2]))},
+            {one: book for one in generations if (book := self._books.get(one))},
+        )
+
+    def labels(self, identity: int) -> tuple[str, ...]:
+        """The labels of an identity as text; those it last had when it has gone."""
+        row = self._tables.identities.get(Identity(identity))
+        found = row.labels if row else _built_in_labels(identity)
+        known = self._labels.get(identity)
+        if known and (not found or known[0] == found):
+            return known[1]
+        if not found:
+            return ()
+        if len(self._labels) >= IDENTITIES:
+            del self._labels[next(iter(self._labels))]
+        text = format_labels(found)
+        self._labels[identity] = (found, text)
+        return text
+
+    def _side(self, family: int, address: bytes, identity: int, local: bool) -> Side:
         key = (family, address, identity, local)
         found = self._sides.get(key)
         if found is None:
@@ -180,28 +240,27 @@ class Directory:
             self._sides[key] = found
         return found
 
-    def _local(self, family: int, address: bytes) -> _Side:
+    def _local(self, family: int, address: bytes) -> Side:
         host = Identity(Reserved.HOST)
         text = address_text(family, address)
-        return _Side(text, host, self._host_labels, "", "", self.node, self.cluster)
+        return Side(text, host, self._host_labels, "", "", self.node, self.cluster)
 
-    def _remote(self, family: int, address: bytes, identity: int) -> _Side:
-        labels = self.labels(identity)
-        cluster = next((one[len(CLUSTER_LABEL) :] for one in labels if one.startswith(CLUSTER_LABEL)), "")
-        namespace = pod = node = ""
-        if family:
-            prefix = packed_prefix(address[:4] if family == 4 else address)
-            for source in self.ip_sources:
-                row = self._tables.ips.get(IpKey(prefix, source))
-                if row and row.name and row.identity == identity:
-                    namespace, pod = row.namespace, row.name
-                    break
-            else:
-                key = self._nodes.get(prefix)
-                if key:
-                    cluster, node = key.cluster, key.name
-                    labels = self._node_labels(key) if identity >= REMOTE_NODE_SCOPE else labels
-        return _Side(address_text(family, address), Identity(identity), labels, namespace, pod, node, cluster)
+    def _remote(self, family: int, address: bytes, identity: int) -> Side:
+        plain = plain_side((family, address, identity, False), self.labels(identity))
+        if not family:
+            return plain
+        prefix = packed_prefix(address[:4] if family == 4 else address)
+        for source in self.ip_sources:
+            row = self._tables.ips.get(IpKey(prefix, source))
+            if row and row.name and row.identity == identity:
+                return Side(
+                    plain.address, plain.identity, plain.labels, row.namespace, row.name, "", plain.cluster
+                )
+        key = self._nodes.get(prefix)
+        if key is None:
+            return plain
+        labels = self._node_labels(key) if identity >= REMOTE_NODE_SCOPE else plain.labels
+        return Side(plain.address, plain.identity, labels, "", "", key.name, key.cluster)
 
     def _node_labels(self, key: NodeKey) -> tuple[str, ...]:
         """A node that the data path numbered itself: the policy language sees its labels as `node:`."""
@@ -241,25 +300,25 @@ class Directory:
         if generation is not None:
             self._keep_book(generation, self._book)
 
-    def _book_of(self, generation: int) -> _Book:
+    def _book_of(self, generation: int) -> Book:
         """The rules of a generation that nothing was heard of: those before it if a later one is known."""
         if all(known < generation for known in self._books):
             return self._book
         earlier = [known for known in self._books if known < generation]
-        return self._books[max(earlier)] if earlier else _NO_BOOK
+        return self._books[max(earlier)] if earlier else NO_BOOK
 
-    def _keep_book(self, generation: int, book: _Book) -> None:
+    def _keep_book(self, generation: int, book: Book) -> None:
         if len(self._books) >= GENERATIONS and generation not in self._books:
             del self._books[min(self._books)]
         self._books[generation] = book
 
-    def _book_now(self) -> "_Book":
+    def _book_now(self) -> "Book":
         rules = dict(self._tables.rules.rows)
         asking: tuple[set[str], set[str]] = (set(), set())
         for origin in rules.values():
             if self._restricts(origin):
                 asking[origin.direction].add(origin.policy)
-        return _Book(rules, (tuple(sorted(asking[0])), tuple(sorted(asking[1]))))
+        return Book(rules, (tuple(sorted(asking[0])), tuple(sorted(asking[1]))))
 
     def _restricts(self, origin: RuleOrigin) -> bool:
         """Whether the rule's part of its policy asks for default deny; so it is unless it says otherwise."""

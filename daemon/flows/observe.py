@@ -70,6 +70,14 @@ async def observe(store: FlowStore, directory: Directory, request: Request) -> A
             yield ()
 
 
+def oldest_ns(store: FlowStore) -> int | None:
+    """Wall-clock time of the oldest event that is still here; None when there is none."""
+    if not len(store):
+        return None
+    (event,) = events(store.read(store.first, store.first + 1))
+    return event.time_ns + store.offset_ns(store.first)
+
+
 def arrivals(store: FlowStore, since_ns: int) -> int:
     """How many of the events that are still here came at or after that wall-clock time."""
     low, high = store.first, store.end

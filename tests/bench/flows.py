@@ -3,7 +3,9 @@
 The last two stages are done for flows that somebody looks at; the first two for every event.
 """
 
+import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bpf.layout import EVENT, FIRST_RULE, EventKind, Reason
-from daemon.api.flows import line
 from daemon.flows.decode import Event, events
 from daemon.flows.filters import parse_filters
+from daemon.flows.lines import line
 from daemon.flows.pipeline import FlowPipeline
+from daemon.flows.record import FRAME_EVENTS
+from daemon.flows.recorded import matching
+from daemon.flows.segments import EVENTS, KNOWN, SUFFIX, Frame, columns, files, pack, pack_known, stored
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, packed_prefix
@@ -103,6 +108,62 @@ def main() -> None:
             pipeline = FlowPipeline(tables(), Path(pins))
             pipeline.directory.ip_sources.add("mesh:beta")
             report(f"{name}: {count} events", raw, pipeline, count)
+        for name, sources in (("256 sources", 256), ("random sources", 1 << 16)):
+            with tempfile.TemporaryDirectory() as directory:
+                raw = packed(FRAME_EVENTS, sources, chance)
+                report_recorded(name, raw, FlowPipeline(tables(), Path(pins)), Path(directory), count)
+
+
+def report_recorded(name: str, raw: bytes, pipeline: FlowPipeline, directory: Path, count: int) -> None:
+    """Write `count` times ten events in ten files, then ask them: the floor is decompressing them, in the same run."""
+    pipeline.directory.ip_sources.add("mesh:beta")
+    pipeline.append(raw)
+    pipeline.directory.refresh()
+    begun = time.process_time()
+    known = pipeline.directory.known(raw)
+    described = FRAME_EVENTS / (time.process_time() - begun)
+    frame = Frame(EVENTS, FRAME_EVENTS, 0, 1, 0, 0, FRAME_EVENTS)
+    frames = max(1, count // FRAME_EVENTS)
+    begun = time.process_time()
+    for number in range(10):
+        with (directory / f"{number}{SUFFIX}").open("wb") as file:
+            file.write(pack(frame._replace(kind=KNOWN, events=0), pack_known(known)))
+            for _ in range(frames):
+                file.write(pack(frame, columns(raw)))
+    total = 10 * frames * FRAME_EVENTS
+    written = total / (time.process_time() - begun)
+    size = sum(path.stat().st_size for path in files(directory))
+    found = [one for path in files(directory) for one in stored(path) if one.frame.kind == EVENTS]
+    floor = rate(total, lambda: [one.payload() for one in found])
+    print(f"recorded, {name}: {total} events in {size >> 20} MiB, {size / total:.1f} bytes each")
+    print(f"  {'describe':<26}{described:>12,.0f} flows/s")
+    print(f"  {'write':<26}{written:>12,.0f} flows/s")
+    print(f"  {'floor: decompress':<26}{floor:>12,.0f} flows/s")
+    questions: tuple[tuple[str, list[dict[str, list[object]]]], ...] = (
+        ("scan for a port", [{"destination_port": ["22"]}]),
+        ("scan for a network", [{"source_ip": ["192.0.2.0/24"], "verdict": ["DROPPED"]}]),
+    )
+    for text, whitelist in questions:
+        asked = {"since_ns": 0, "until_ns": 1 << 62, "whitelist": whitelist}
+        speed = rate(total, lambda: list(matching(directory, asked)))  # noqa: B023 - called at once
+        print(f"  {text:<26}{speed:>12,.0f} flows/s, {floor / speed:.2f} x the floor")
+    print(f"  {'first line of a process':<26}{first_line_ms(directory):>12,.0f} ms")
+
+
+def first_line_ms(directory: Path) -> float:
+    """Median wall time from starting the reader, as the daemon does, to its first line."""
+    took = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        command = (sys.executable, "-m", "daemon.flows.recorded", str(directory))
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdin is not None and child.stdout is not None  # noqa: PT018
+            child.stdin.write(json.dumps({"since_ns": 0, "until_ns": 1 << 62}).encode())
+            child.stdin.close()
+            child.stdout.readline()
+            took.append(time.perf_counter() - begun)
+            child.kill()
+    return 1e3 * sorted(took)[ROUNDS // 2]
 
 
 def report(title: str, raw: bytes, pipeline: FlowPipeline, count: int) -> None:

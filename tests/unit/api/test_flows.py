@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 from aiohttp import ClientSession, UnixConnector, web
 
 from bpf.layout import EVENT, FIRST_RULE, EventKind, Reason
-from daemon.api.flows import flow_json, routes
+from daemon.api.flows import routes
 from daemon.flows.decode import Brief, briefs, events
+from daemon.flows.lines import flow_json
 from daemon.flows.pipeline import FlowPipeline
+from daemon.flows.record import Recorder, RecordSettings
 from daemon.model.flow import Lost, LostSource
 from daemon.model.net import Direction, parse_prefix
 from daemon.model.rule import RuleOrigin
@@ -211,3 +214,33 @@ async def test_status_tells_the_fill_and_what_was_lost(client, pipeline):
     assert (found["num_flows"], found["max_flows"], found["seen_flows"]) == (256, 256, 300)
     assert found["lost"] == {"perf_event_ring_buffer": 4, "foreign": 0}
     assert found["suppressed"] == {"policy-default": 9}
+
+
+async def test_what_memory_has_forgotten_is_read_from_disk(pipeline, tmp_path):
+    """Each flow once, in order, the newest from memory; a number counts over both."""
+    recorder = Recorder(
+        RecordSettings(tmp_path / "flows", 1 << 24, 86_400, 100_000), pipeline, pipeline._tables
+    )
+    at = time.monotonic_ns() - 10**9
+    for number in range(0, 600, 100):
+        pipeline.append(b"".join(pack(time_ns=at + one) for one in range(number, number + 100)))
+        await recorder._write()
+    assert pipeline.store.first == 600 - 256
+    app = web.Application()
+    app.add_routes(routes(pipeline, tmp_path / "flows"))
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.UnixSite(runner, str(tmp_path / "r")).start()
+    async with ClientSession("http://x", connector=UnixConnector(str(tmp_path / "r"))) as session:
+
+        async def numbers(**query):
+            async with session.get("/v1/flows", params=query) as answer:
+                return [json.loads(one)["meshwall"]["number"] async for one in answer.content]
+
+        since = str(time.time_ns() - 60 * 10**9)
+        assert await numbers(since=since) == list(range(600))
+        assert await numbers(since=since, number="10") == list(range(10))
+        assert await numbers(since=since, number="400") == list(range(400))
+        assert await numbers() == list(range(344, 600))
+    recorder._file.close()
+    await runner.cleanup()

@@ -13,10 +13,10 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from grpc_health.v1 import health_pb2
 
 from bpf.layout import EVENT, FIRST_RULE, EventKind, Reason
-from daemon.api.flows import line
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.api.hubblepb import flow_pb2, observer_pb2, peer_pb2
 from daemon.api.observer import response
+from daemon.flows.lines import line
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.flow import Lost, LostSource
 from daemon.model.identity import Identity
