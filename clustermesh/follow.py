@@ -1,6 +1,7 @@
 """Drives remote.py over a store: list, watch, and after a loss list again; meanwhile the last state stays."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -13,7 +14,6 @@ from clustermesh.remote import Change, Kind, Mesh, Part
 log = logging.getLogger(__name__)
 
 QUARANTINE_S = 300.0  # how long a mass deletion is held before it is believed
-HEARTBEAT_TIMEOUT_S = 120.0
 
 
 class Backoff:
@@ -70,11 +70,26 @@ class Follower:
         self._quarantine_s = quarantine_s
         self._clock = clock
         self._turn = asyncio.Lock()  # one listing or batch of events at a time goes into the mesh
+        self._look = asyncio.Event()  # somebody wants a new listing
         self._changed: list[Callable[[], None]] = []
 
     def on_connection(self, callback: Callable[[], None]) -> None:
         """Have `callback` called whenever the store was lost or found."""
         self._changed.append(callback)
+
+    def remember(self, store: int, revision: int, seen_at: float) -> None:
+        """What is in the mesh was in this store at this revision, and is as old as that."""
+        self._before = self.store, self.revision = store, revision
+        self.lost_since = seen_at
+
+    def list_again(self) -> None:
+        """Have everything listed anew, as after an outage."""
+        self._look.set()
+
+    async def take(self, changes: Iterator[list[Change]]) -> None:
+        """Let the mesh do something, between two batches of events, and tell what it changed."""
+        async with self._turn:
+            await self._feed(changes)
 
     async def run(self) -> None:
         """For ever. Every KVError leads to another try; anything else is a bug and goes up."""
@@ -92,14 +107,17 @@ class Follower:
     async def _connection(self) -> None:
         """One connection: list all parts in order, then watch them all until something breaks."""
         self._mesh.relist = False
+        self._look.clear()
         self._remember()
         self.denied.clear()
         revisions: list[tuple[Part, int]] = []
         for part in self._mesh.parts:
-            revision = await self._list(part)
-            if revision is not None:
-                revisions.append((part, revision))
-        if len(self.denied) == len(self._mesh.parts):
+            if self._mesh.wanted(part):
+                revision = await self._list(part)
+                if revision is not None:
+                    revisions.append((part, revision))
+                self._check_config(part)
+        if not revisions:
             raise Denied(next(iter(self.denied.values())))
         if self._mesh.relist:
             raise _ListAgain("a cluster changed its id")
@@ -109,7 +127,19 @@ class Follower:
                 group.create_task(self._watch(part, revision + 1))
             # Here and not as a task: of a group that only waits for its end, Python 3.11 counts the
             # failure of a child as a cancellation of us, for ever.
-            await self._release_held()
+            await self._until_listing()
+
+    def _check_config(self, part: Part) -> None:
+        """A store of one cluster is of no use without its configuration. Raises KVError."""
+        if part.kind is not Kind.CONFIG or not part.cluster:
+            return
+        remote = self._mesh.remotes[part.cluster]
+        if part.prefix in self.denied:
+            raise Denied(self.denied[part.prefix])
+        if remote.fault:
+            raise KVError(f"{part.prefix}: {remote.fault}")
+        if remote.config is None:
+            raise KVError(f"{part.prefix} is not there: is this the store of {part.cluster}?")
 
     async def _list(self, part: Part) -> int | None:
         """Take in what is in a part; the revision, or None if this user may not read it."""
@@ -123,7 +153,7 @@ class Follower:
         except Denied as error:
             self.denied[part.prefix] = str(error)
             return None
-        if page.store != self.store or page.revision < self._before[1]:
+        if page.revision and (page.store != self.store or page.revision < self._before[1]):
             self.store, self.revision = page.store, page.revision
         self.revision = max(self.revision, page.revision)
         async with self._turn:
@@ -133,7 +163,7 @@ class Follower:
     async def _pages(self, part: Part) -> AsyncGenerator[Listing, None]:
         if part.kind is Kind.CONFIG and part.cluster:
             entry = await self._kv.get(part.prefix)  # rights may cover this one key only
-            yield Listing((entry,) if entry else (), self.revision, self.store)
+            yield Listing((entry,) if entry else (), 0)
         else:
             async with aclosing(self._kv.pages(part.prefix)) as pages:
                 async for page in pages:
@@ -142,7 +172,7 @@ class Follower:
     def _doubtful(self, listing: Listing) -> bool:
         """Whether the store went back in time, or is another one, since it was lost."""
         store, revision = self._before
-        return bool(revision) and (listing.store != store or 0 < listing.revision < revision)
+        return bool(revision and listing.revision) and (listing.store != store or listing.revision < revision)
 
     async def _watch(self, part: Part, revision: int) -> None:
         if part.kind is Kind.CONFIG and part.cluster:
@@ -157,7 +187,7 @@ class Follower:
     async def _apply(self, part: Part, events: Sequence[Event]) -> None:
         async with self._turn:
             self.revision = max(self.revision, events[-1].revision)
-            await self._feed(self._mesh.applied(part, events))
+            await self._feed(self._mesh.applied(part, events, self._clock()))
         if self._mesh.relist:
             raise _ListAgain("a cluster changed its id")
 
@@ -167,14 +197,17 @@ class Follower:
                 self._emit(changes)
             await asyncio.sleep(0)  # others get their turn between chunks
 
-    async def _release_held(self) -> None:
-        """Believe held deletions once they have been true for long enough."""
-        while True:
-            await asyncio.sleep(min(5.0, self._quarantine_s / 10))
-            held = [one.held_since for one in self._mesh.remotes.values() if one.held_since]
-            if held and min(held) + self._quarantine_s <= self._clock():
-                async with self._turn:
-                    await self._feed(self._mesh.release())
+    async def _until_listing(self) -> None:
+        """Believe held deletions once they have been true for long enough, until a new listing is wanted."""
+        while not self._look.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(5.0, self._quarantine_s / 10)):
+                    await self._look.wait()
+            due = self._clock() - self._quarantine_s
+            ready = [one.name for one in self._mesh.remotes.values() if 0 < one.held_since <= due]
+            if ready:
+                await self.take(self._mesh.release(ready))
+        raise _ListAgain("asked to")
 
     def _found(self) -> None:
         if self.error:

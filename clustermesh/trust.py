@@ -4,6 +4,7 @@ Trust is per cluster and by configuration: its name, its id, and optionally the 
 cluster can only make statements about identities of its own range and addresses that are not ours.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -125,13 +126,25 @@ class Trust:
             raise Malformed("special_address", f"{cidr_text(cidr)} is loopback, link-local or multicast")
         if cidr in self.own_addresses:
             raise Malformed("our_address", f"{cidr_text(cidr)} is this host's")
-        if cluster != self.own_cluster and any(contains(ours, cidr) for ours in self.protected):
-            raise Malformed("our_address", f"{cidr_text(cidr)} is ours")
+        if cluster != self.own_cluster:
+            self._check_ours(cidr)
         ranges = self.allowed.get(cluster)
         if ranges is not None and not any(contains(one, cidr) for one in ranges):
             raise Malformed(
                 "prefix_not_allowed", f"{cidr_text(cidr)} is outside the ranges allowed to {cluster}"
             )
+
+    def _check_ours(self, cidr: Cidr) -> None:
+        """Nobody else speaks for a range that overlaps what is ours."""
+        is_range = cidr[2] < (32 if cidr[0] == 4 else 128)
+        for ours in self.own_addresses if is_range else ():
+            if contains(cidr, ours):
+                raise Malformed(
+                    "our_address", f"{cidr_text(cidr)} holds {cidr_text(ours)}, which is this host's"
+                )
+        for ours in self.protected:
+            if contains(ours, cidr) or (is_range and contains(cidr, ours)):
+                raise Malformed("our_address", f"{cidr_text(cidr)} overlaps {cidr_text(ours)}, which is ours")
 
     def address(self, cluster: str, cluster_id: int, entry: IpEntry) -> tuple[Cidr, int]:
         """The range and the identity of an address entry, as they are installed here."""
@@ -161,6 +174,63 @@ def contains(outer: Cidr, inner: Cidr) -> bool:
         return False
     shift = (32 if family == 4 else 128) - length
     return number >> shift == inner[1] >> shift
+
+
+class RangeSet:
+    """Ranges by who has them; finds one that overlaps another range in a few look-ups."""
+
+    def __init__(self) -> None:
+        self._by_owner: dict[str, tuple[Cidr, ...]] = {}
+        self._networks: dict[tuple[int, int], Counter[int]] = {}  # family and length -> network, shifted
+
+    def __bool__(self) -> bool:
+        return bool(self._by_owner)
+
+    def replace(self, owner: str, ranges: Sequence[Cidr]) -> None:
+        """From now on these are the owner's."""
+        before = self._by_owner.pop(owner, ())
+        if ranges:
+            self._by_owner[owner] = tuple(ranges)
+        for one in before:
+            self._count(one, -1)
+        for one in ranges:
+            self._count(one, 1)
+
+    def _count(self, cidr: Cidr, step: int) -> None:
+        family, number, length = cidr
+        networks = self._networks.setdefault((family, length), Counter())
+        network = number >> (32 if family == 4 else 128) - length
+        networks[network] += step
+        if not networks[network]:
+            del networks[network]
+        if not networks:
+            del self._networks[family, length]
+
+    def overlap(self, cidr: Cidr) -> Cidr | None:
+        """A range that shares addresses with `cidr`, if there is one."""
+        family, number, length = cidr
+        width = 32 if family == 4 else 128
+        for (other, ours), networks in self._networks.items():
+            if other == family and ours <= length and networks[number >> width - ours]:
+                return family, number >> width - ours << width - ours, ours
+            if other == family and ours > length:
+                for network in networks:
+                    if network >> ours - length == number >> width - length:
+                        return family, network << width - ours, ours
+        return None
+
+
+def pod_ranges(node: Node) -> tuple[Cidr, ...]:
+    """The ranges that a node hands out to its pods."""
+    found = []
+    for one in node.cidrs:
+        length = wire.mask_length(one.mask or b"")
+        if one.ip and length is not None:
+            family, number = wire.parse_ip(one.ip)
+            shift = (32 if family == 4 else 128) - length
+            if shift >= 0:
+                found.append((family, number >> shift << shift, length))
+    return tuple(found)
 
 
 def cidr_text(cidr: Cidr) -> str:

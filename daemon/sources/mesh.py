@@ -7,9 +7,11 @@ when. The same code serves a shared etcd and the embedded store.
 import asyncio
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from clustermesh.follow import Follower
 from clustermesh.kv import KV
@@ -30,9 +32,9 @@ from clustermesh.remote import (
     State,
 )
 from clustermesh.trust import Trust
-from clustermesh.wire import Node, parse_cidr
+from clustermesh.wire import Cidr, Node, parse_cidr
 from daemon.model.identity import Identity
-from daemon.model.labels import Label, parse_labels
+from daemon.model.labels import Label, parse_label
 from daemon.model.net import Prefix, ip_text
 from daemon.state.tables import HostRow, IdentityRow, IpKey, IpRow, NodeKey, NodeRow, StatusRow, Tables
 
@@ -73,7 +75,7 @@ class MeshSource:
             clusters=dict(clusters or {}),
             allowed={one: tuple(map(parse_cidr, texts)) for one, texts in (allowed or {}).items()},
         )
-        self.mesh = Mesh(self._trust, parts)
+        self.mesh = Mesh(self._trust, parts, cidr=_prefix)
         self.follower = Follower(kv, self.mesh, self._apply, name=name, clock=clock)
         self.follower.on_connection(self._connection)
         self._name = name
@@ -84,7 +86,7 @@ class MeshSource:
 
     async def run(self) -> None:
         """For ever: keep the tables equal to the store, as far as it can be reached and believed."""
-        self._protect_host()
+        await self._protect_host()
         self._status_rows()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
@@ -117,12 +119,12 @@ class MeshSource:
             await wake.wait()
             wake.clear()
             reader.take()
-            self._protect_host()
+            await self._protect_host()
 
-    def _protect_host(self) -> None:
+    async def _protect_host(self) -> None:
         host = self._tables.host.get("host")
         if host is not None:
-            self.mesh.protect(host.name, ((one.family, one.address, one.length) for one in host.addresses))
+            await self.follower.take(self.mesh.protect(host.name, host.addresses))
 
     # -- rows
 
@@ -132,19 +134,18 @@ class MeshSource:
             # again, 0.2 s at a time for 100,000 of them.
             gc.freeze()
         for change in changes:
-            source = f"mesh:{change.cluster}"
+            source = sys.intern(f"mesh:{change.cluster}")  # one text for all the rows of a cluster
             match change:
                 case IdentityUpserted():
-                    self._identity(
-                        Identity(change.identity), IdentityRow(parse_labels(change.labels), source)
-                    )
+                    labels = frozenset(map(_label, change.labels))
+                    self._identity(Identity(change.identity), IdentityRow(labels, source))
                 case IdentityDeleted():
                     self._identity_gone(Identity(change.identity), source)
                 case IpUpserted():
                     row = IpRow(Identity(change.identity), change.name, change.namespace, change.node)
-                    self._tables.ips.put(IpKey(Prefix(*change.cidr), source), row)
+                    self._tables.ips.put(IpKey(_prefix(change.cidr), source), row)
                 case IpDeleted():
-                    self._tables.ips.delete(IpKey(Prefix(*change.cidr), source))
+                    self._tables.ips.delete(IpKey(_prefix(change.cidr), source))
                 case NodeUpserted():
                     self._tables.nodes.put(
                         NodeKey(change.cluster, change.node.name), _node_row(change.node, source)
@@ -152,8 +153,15 @@ class MeshSource:
                 case NodeDeleted():
                     self._tables.nodes.delete(NodeKey(change.cluster, change.name))
                 case ClusterChanged():
-                    self._status_row(self.mesh.remotes[change.cluster])
-                    self._look_whether_synced()
+                    self._cluster_changed(change.cluster)
+
+    def _cluster_changed(self, name: str) -> None:
+        remote = self.mesh.remotes.get(name)
+        if remote is not None:
+            self._status_row(remote)
+        else:
+            self._tables.status.delete(f"mesh:{name}")
+        self._look_whether_synced()
 
     def _identity(self, number: Identity, row: IdentityRow) -> None:
         """What this host itself defines is not overwritten by others."""
@@ -238,6 +246,17 @@ class MeshSource:
             since = self._clock()
             self._since[key] = (row.ok, since)
         self._tables.status.put(key, replace(row, since=since))
+
+
+@lru_cache(maxsize=4096)
+def _label(text: str) -> Label:
+    """Most labels belong to many identities: one object for all of them."""
+    return parse_label(text)
+
+
+def _prefix(cidr: Cidr) -> Prefix:
+    """The same range as the tables have it; the mesh keeps this object too."""
+    return cidr if isinstance(cidr, Prefix) else Prefix(*cidr)
 
 
 def _node_row(node: Node, source: str) -> NodeRow:

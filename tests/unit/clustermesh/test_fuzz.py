@@ -156,7 +156,8 @@ def test_mutated_entries_never_crash_and_never_get_through() -> None:
         part = part_of(key)
         if part is None:
             continue
-        for batch in mesh.applied(part, [Event(key, None if rng.random() < 0.1 else value, number + 2)]):
+        event = Event(key, None if rng.random() < 0.1 else value, number + 2)
+        for batch in mesh.applied(part, [event], 0.0):
             for change in batch:
                 accepted += isinstance(change, IpUpserted | IdentityUpserted | NodeUpserted)
                 check(change)

@@ -28,7 +28,7 @@ class Store:
         self.mesh = Mesh(trust or Trust("east", 1))
 
     def put(self, key: str, value: bytes | None) -> list[Change]:
-        return self.changes(self.mesh.applied(part_of(key), [Event(key, value, 5)]))
+        return self.changes(self.mesh.applied(part_of(key), [Event(key, value, 5)], 100.0))
 
     def listing(self, prefix: str, entries: dict[str, bytes], *, doubtful: bool = False) -> list[Change]:
         found = [Entry(key, value, 5) for key, value in entries.items()]
@@ -218,7 +218,7 @@ def test_a_doubtful_listing_holds_until_released() -> None:
     store.listing(prefix, addresses)
     assert store.listing(prefix, {}, doubtful=True) == []
     assert store.mesh.remotes["west"].held_since == 100.0
-    assert len(store.changes(store.mesh.release())) == 3
+    assert len(store.changes(store.mesh.release(["west"]))) == 3
 
 
 def test_the_copies_of_a_mirror_are_read_for_clusters_that_say_so() -> None:
@@ -243,6 +243,6 @@ def test_quotas_stop_a_cluster_and_nobody_else() -> None:
     store.cluster("north", 3)
     for number in range(4):
         store.ip(f"10.1.0.{number + 1}", WEB)
-    assert len(store.mesh.remotes["west"].claims) == 2
+    assert store.mesh.remotes["west"].addresses == 2
     assert store.mesh.remotes["west"].refused["quota"] == 2
     assert len(store.ip("10.3.0.1", OTHER)) == 1
