@@ -30,6 +30,7 @@ from bpf.syscall import (
     obj_get,
     obj_pin,
     prog_info,
+    prog_query,
 )
 
 SIOCGIFHWADDR = 0x8927
@@ -62,7 +63,8 @@ HOOKS = (INGRESS, EGRESS, XDP)  # XDP last: it may mark packets only when TCX re
 
 @dataclass(frozen=True)
 class Attachment:
-    """What is attached to one device. `xdp` is native, generic or off; `note` says why not as asked."""
+    """What is attached to one device. `xdp` is native, generic or off; `note` says why not as asked. `taken`: because
+    of a program of somebody else, which may go."""
 
     ifindex: int
     ingress: bool
@@ -70,6 +72,7 @@ class Attachment:
     xdp: str
     by: str  # "tcx" or "clsact"
     note: str = ""
+    taken: bool = False
 
 
 def home(pins: Path) -> Path:
@@ -99,6 +102,16 @@ def _alive(path: Path, ifindex: int) -> bool:
             return True
     path.unlink()
     return False
+
+
+def _elsewhere(pins: Path, ifindex: int) -> bool:
+    """Are our links on a device that has moved to another namespace, and its number was given to another one here?"""
+    path = _link_path(pins, ifindex, INGRESS)
+    if not path.exists():
+        return False
+    with _opened(path) as link:
+        info = link_info(link)
+    return info.ifindex == ifindex and info.prog_id not in prog_query(ifindex, INGRESS.attach_type)
 
 
 def _put(pins: Path, ifindex: int, hook: Hook, flags: int = 0) -> None:
@@ -134,8 +147,8 @@ def _xdp(mode: str) -> Hook:
     return Hook(f"xdp-{mode}", XDP.program, XDP.attach_type)
 
 
-def _attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str]:
-    """The mode that is in force, and a note."""
+def attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str, bool]:
+    """The mode that is in force, a note why not as asked, and whether somebody else's program is the reason."""
     flags = {"native": XDP_NATIVE, "generic": XDP_GENERIC}
     wanted = {XdpMode.AUTO: "native", XdpMode.NATIVE: "native", XdpMode.GENERIC: "generic", XdpMode.OFF: ""}[
         mode
@@ -144,19 +157,21 @@ def _attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str]:
         if other != wanted:
             _remove(_link_path(pins, ifindex, _xdp(other)))
     if not wanted:
-        return "off", ""
+        return "off", "", False
     try:
         _put(pins, ifindex, _xdp(wanted), flags[wanted])
     except OSError as error:
         if error.errno in (errno.EBUSY, errno.EEXIST):
-            return "off", "another program owns XDP on this device and stays; TCX carries the policy alone"
+            note = "another program owns XDP on this device and stays; TCX carries the policy alone"
+            return "off", note, True
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ERANGE, errno.ENOMEM):
             return (
                 "off",
                 f"{wanted} XDP is not possible here ({error.strerror}); TCX carries the policy alone",
+                False,
             )
         raise
-    return wanted, ""
+    return wanted, "", False
 
 
 def _check_link_header(ifindex: int) -> None:
@@ -175,6 +190,8 @@ def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
     """Put the pinned programs on a device. OSError names the hook; TCX that was attached before stays."""
     _check_link_header(ifindex)
     if has_tcx():
+        if _elsewhere(pins, ifindex):
+            detach(pins, ifindex)
         # first in the chain: a program in front of ours could accept a packet that we never see
         _put(pins, ifindex, INGRESS, BPF_F_BEFORE)
         _put(pins, ifindex, EGRESS, BPF_F_BEFORE)
@@ -187,8 +204,8 @@ def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
             clsact.attach(ifindex, ingress, egress)
             _mark_clsact(pins, ifindex, ingress)
         by = "clsact"
-    mode, note = _attach_xdp(pins, ifindex, xdp)
-    return Attachment(ifindex, ingress=True, egress=True, xdp=mode, by=by, note=note)
+    mode, note, taken = attach_xdp(pins, ifindex, xdp)
+    return Attachment(ifindex, ingress=True, egress=True, xdp=mode, by=by, note=note, taken=taken)
 
 
 def _remove(path: Path) -> None:
@@ -210,25 +227,49 @@ def detach(pins: Path, ifindex: int) -> None:
         _clsact_mark(pins, ifindex).unlink(missing_ok=True)
 
 
+def _program_id(pins: Path, hook: Hook) -> int:
+    with _opened(home(pins) / "progs" / hook.program) as program:
+        return prog_info(program).id
+
+
 def _on(pins: Path, ifindex: int, hook: Hook) -> bool:
-    """Is our current program on that hook?"""
+    """Is our current program on that hook, by our link?"""
     path = _link_path(pins, ifindex, hook)
     if not path.exists():
         return False
-    with _opened(path) as link, _opened(home(pins) / "progs" / hook.program) as program:
+    with _opened(path) as link:
         info = link_info(link)
-        return info.ifindex == ifindex and info.prog_id == prog_info(program).id
+    if (info.ifindex, info.prog_id) != (ifindex, _program_id(pins, hook)):
+        return False
+    return hook.program == XDP.program or info.prog_id in prog_query(ifindex, hook.attach_type)
+
+
+def _in_front(pins: Path, ifindex: int) -> str:
+    """A note about programs of others that run before ours and could accept a packet that we never see."""
+    found = []
+    for hook in (INGRESS, EGRESS):
+        chain = prog_query(ifindex, hook.attach_type)
+        if _program_id(pins, hook) in chain[1:]:
+            found.append(
+                f"TCX {hook.name} program {chain[0]} runs before ours and may pass what policy denies"
+            )
+    return "; ".join(found)
 
 
 def status(pins: Path, ifindex: int) -> Attachment:
     """What is attached now, as the kernel sees it."""
+    note = ""
     if not has_tcx():
-        ingress, egress = clsact.status(ifindex)
+        there = clsact.status(ifindex)
+        ingress, egress = (
+            _program_id(pins, hook) == one for hook, one in zip((INGRESS, EGRESS), there, strict=True)
+        )
         by = "clsact"
     else:
         ingress, egress, by = _on(pins, ifindex, INGRESS), _on(pins, ifindex, EGRESS), "tcx"
+        note = _in_front(pins, ifindex) if ingress and egress else ""
     on = [mode for mode in ("native", "generic") if _on(pins, ifindex, _xdp(mode))]
-    return Attachment(ifindex, ingress, egress, on[0] if on else "off", by)
+    return Attachment(ifindex, ingress, egress, on[0] if on else "off", by, note)
 
 
 def attached_devices(pins: Path) -> list[int]:

@@ -1,5 +1,7 @@
 """Programs on devices before Linux 6.6: clsact filters by netlink, which survive their creator too."""
 
+from bpf.syscall import prog_info
+
 INGRESS_PARENT = 0xFFFFFFF2
 EGRESS_PARENT = 0xFFFFFFF3
 PRIORITY = 0x4D57  # fixed, so that a replace finds what an earlier run put there
@@ -31,7 +33,7 @@ def attach(ifindex: int, ingress_fd: int, egress_fd: int) -> None:
                     ifindex,
                     handle=HANDLE,
                     fd=fd,
-                    name=name,
+                    name=f"{name}-{prog_info(fd).id}",  # pyroute2 does not read a filter's program back
                     parent=parent,
                     prio=PRIORITY,
                     protocol=ETH_P_ALL,
@@ -62,16 +64,22 @@ def detach(ifindex: int) -> None:
                 continue  # not there
 
 
-def status(ifindex: int) -> tuple[bool, bool]:
-    """Are our filters on ingress and on egress?"""
+def status(ifindex: int) -> tuple[int, int]:
+    """Ids of the programs in our place on ingress and on egress; 0: there is none."""
     from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415
 
-    def ours(netlink: "IPRoute", parent: int, name: str) -> bool:
-        found = (one.get_attr("TCA_OPTIONS") for one in netlink.get_filters(ifindex, parent=parent))
-        return any(options is not None and options.get_attr("TCA_BPF_NAME") == name for options in found)
+    def program(netlink: "IPRoute", parent: int, name: str) -> int:
+        filters = [
+            one for one in netlink.get_filters(ifindex, parent=parent) if one["info"] >> 16 == PRIORITY
+        ]
+        found = [one.get_attr("TCA_OPTIONS") for one in filters]
+        names = [str(one.get_attr("TCA_BPF_NAME")).partition("-") for one in found if one is not None]
+        return next((int(number) for known, _, number in names if known == name and number.isdecimal()), 0)
 
     with IPRoute() as netlink:
         try:
-            return ours(netlink, INGRESS_PARENT, INGRESS_NAME), ours(netlink, EGRESS_PARENT, EGRESS_NAME)
+            return program(netlink, INGRESS_PARENT, INGRESS_NAME), program(
+                netlink, EGRESS_PARENT, EGRESS_NAME
+            )
         except NetlinkError:
-            return False, False  # no such device, or no qdisc on it
+            return 0, 0  # no such device, or no qdisc on it

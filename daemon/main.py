@@ -28,6 +28,7 @@ from clustermesh.kv import KV, MemoryKV
 from daemon.api import app, flows, mesh, metrics, resources, status
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, FailsafeEntry, load
+from daemon.datapath.devices import Devices
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.flows.pipeline import FlowPipeline
 from daemon.flows.record import Recorder, RecordSettings
@@ -103,8 +104,6 @@ def program_settings(config: Config) -> ProgramSettings:
         pins=config.pins,
         compile=compile_settings(config),
         sizes=sizes(config),
-        devices=config.devices,
-        xdp=XdpMode(config.xdp),
         audit=config.audit,
     )
 
@@ -183,7 +182,8 @@ class Daemon:
             node_file=config.node_file,
             owner_check=config.policy_owner_check,
         )
-        self._program = Program(self.tables, program_settings(config))
+        self._devices = Devices(self.tables, config.pins, config.devices, XdpMode(config.xdp))
+        self._program = Program(self.tables, program_settings(config), self._devices)
         self._pipeline = FlowPipeline(self.tables, config.pins, capacity=config.flows)
         self._api = app.Api(config.socket, config.socket_group, self._routes())
 
@@ -228,6 +228,8 @@ class Daemon:
         yield "flows", self._pipeline.run
         if self.config.record.enabled:
             yield "record", Recorder(record_settings(self.config), self._pipeline, self.tables).run
+        yield "devices", self._devices.run
+        yield "own addresses", self._program.follow_own
         yield "data path", self._program.run
 
     def _mesh_work(self) -> Iterator[tuple[str, Work]]:

@@ -260,6 +260,16 @@ def _datapath(tables: Tables) -> Iterator[Family]:
         else []
     )
     yield Family("cilium_bpf_map_pressure", "gauge", "Share of a map that is in use; 1 is full", shares)
+    tampering = tables.status.get("tampering")
+    counts = tampering.details.get("counts") if tampering else None
+    yield Family(
+        "meshwall_tampering_total",
+        "counter",
+        "Programs and pins of ours that somebody else took away, and that were put back",
+        [({"what": what}, count) for what, count in sorted(counts.items())]
+        if isinstance(counts, dict)
+        else [],
+    )
     generation = details.get("generation")
     if isinstance(generation, int):
         yield Family("meshwall_generation", "gauge", "Policy tables that are enforced", [({}, generation)])

@@ -64,6 +64,7 @@ def status_json(source: StatusSource) -> Json:
         "started": source.started,
         "uptime_s": round(time.time() - source.started, 1),
         "problems": problems,
+        "warnings": _warnings(tables),
         "enforcement": _enforcement(source),
         "devices": _devices(tables),
         "policies": {
@@ -127,6 +128,15 @@ def _problems(tables: Tables, findings: list[Json]) -> list[Json]:
         hint = "what it said before stays enforced; mend the file" if one["severity"] == "error" else ""
         found.append({"part": where, "text": what, "hint": hint, "since": 0})
     return found
+
+
+def _warnings(tables: Tables) -> list[Json]:
+    """What works and should be known all the same."""
+    return [
+        {"part": name, "text": row.text, "hint": row.hint, "since": row.since}
+        for name, row in sorted(tables.status.rows.items())
+        if row.ok and row.warn
+    ]
 
 
 def _enforcement(source: StatusSource) -> Json:

@@ -67,7 +67,8 @@ class _Paint:
 
 def _brief(found: Json) -> str:
     if found["ok"]:
-        return f"OK: {found['enforcement']['text']}"
+        warned = f" (warnings: {len(found['warnings'])})" if found["warnings"] else ""
+        return printable(f"OK: {found['enforcement']['text']}{warned}")
     first = found["problems"][0]
     more = f" (and {len(found['problems']) - 1} more)" if len(found["problems"]) > 1 else ""
     return printable(f"FAIL: {first['part']}: {first['text']}{more}")
@@ -77,6 +78,10 @@ def _screen(found: Json, paint: _Paint, *, verbose: bool) -> list[str]:
     lines = []
     for one in found["problems"]:
         lines.append(paint(printable(f"FAIL  {one['part']}: {one['text']}"), RED) + _since(one["since"]))
+        if one["hint"]:
+            lines.append(printable(f"      hint: {one['hint']}"))
+    for one in found["warnings"]:
+        lines.append(paint(printable(f"WARN  {one['part']}: {one['text']}"), YELLOW) + _since(one["since"]))
         if one["hint"]:
             lines.append(printable(f"      hint: {one['hint']}"))
     if lines:

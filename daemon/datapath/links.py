@@ -1,42 +1,28 @@
 """Programs on devices: runs the loader, attaches to devices as they appear, puts back what somebody took away."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from fnmatch import fnmatchcase
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bpf import attach
 from bpf.layout import LAYOUT_VERSION, Sizes
+from daemon.datapath.pins import Pins
 from daemon.state.tables import Device
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-# Devices of containers and of other tools: their traffic reaches the host's own devices, or is not the host's.
-NOT_OURS = ("lo", "veth*", "lxc*", "cali*", "cilium_*", "docker*", "br-*", "virbr*", "vnet*", "tap*", "cni*",
-            "flannel*", "kube-*", "nodelocaldns", "dummy*", "ifb*", "tunl*", "sit*", "ip6tnl*", "gre*", "erspan*",
-            "ip6_vti*", "ip_vti*", "ip6gre*", "gretap*")  # fmt: skip
-
 
 class LoadFailed(Exception):  # noqa: N818 - read as a fact
     """The loader could not do its work; what was attached stays. The text is its one line."""
-
-
-def chosen(devices: Iterable[Device], patterns: Sequence[str]) -> tuple[Device, ...]:
-    """The devices to filter: by name, pattern, or `auto` for all but loopback and those of containers."""
-
-    def wanted(name: str) -> bool:
-        if any(one != AUTO and fnmatchcase(name, one) for one in patterns):
-            return True
-        return AUTO in patterns and not any(fnmatchcase(name, one) for one in NOT_OURS)
-
-    return tuple(one for one in devices if wanted(one.name))
 
 
 async def load(pins: Path, sizes: Sizes) -> dict[str, object]:
@@ -72,52 +58,106 @@ async def load(pins: Path, sizes: Sizes) -> dict[str, object]:
     return answer
 
 
+@dataclass(slots=True)
+class Filtered:
+    """A device that carries our programs, and how."""
+
+    device: Device
+    how: attach.Attachment
+    in_front: str = ""  # programs of others that run before ours
+
+
 class Links:
     """Keeps our programs on the wanted devices. Blocking system calls: use it off the event loop."""
 
     def __init__(self, pins: Path, xdp: attach.XdpMode) -> None:
         self._pins = pins
         self._xdp = xdp
-        self.attached: dict[int, tuple[str, attach.Attachment]] = {}  # ifindex -> device name and how
+        self._held = Pins(attach.home(pins))
+        self.attached: dict[int, Filtered] = {}  # by index
         self.problems: dict[str, str] = {}  # device name -> why it is not filtered
-        self.repaired: int = 0
+        self.tampered: Counter[str] = Counter()  # what somebody took away, and we put back
+        self.last_tampering = ""
 
-    def reconcile(self, wanted: Iterable[Device], *, renew: bool = False) -> None:
-        """Attach where it is missing, detach where it is not wanted. `renew`: swap in newly loaded programs."""
+    def reconcile(self, wanted: Iterable[Device]) -> None:
+        """Attach where it is missing, detach where it is not wanted, put back what somebody else took away."""
         devices = {one.index: one for one in wanted}
+        self.problems = {}
+        try:
+            for path in self._held.restore():
+                self._tampering("pin", f"{path} was removed")
+        except OSError as error:
+            self.problems["pins"] = f"{attach.home(self._pins)} cannot be restored: {error.strerror}"
         for index in attach.attached_devices(self._pins):
             if index not in devices:
                 attach.detach(self._pins, index)
-                name, _ = self.attached.pop(index, (str(index), None))
-                log.info("device %s (%d) is not filtered any more", name, index)
-        self.attached = {index: how for index, how in self.attached.items() if index in devices}
-        self.problems = {}
-        for index, device in devices.items():
+                known = self.attached.get(index)
+                log.info("device %s is not filtered any more", known.device.name if known else index)
+        self.attached = {index: one for index, one in self.attached.items() if index in devices}
+        for device in devices.values():
             try:
-                self._one(index, device.name, renew=renew)
+                self._one(device)
             except OSError as error:
-                self.problems[device.name] = error.strerror or str(error)
+                if error.errno not in (errno.ENODEV, errno.ENXIO):  # gone since it was listed
+                    self.problems[device.name] = error.strerror or str(error)
+        self._held.hold()
 
-    def _one(self, index: int, name: str, *, renew: bool) -> None:
-        known = self.attached.get(index)
-        now = attach.status(self._pins, index)
-        intact = known is not None and (now.ingress, now.egress, now.xdp) == (True, True, known[1].xdp)
-        if intact and not renew and known is not None:
-            self.attached[index] = (name, known[1])
-            return
-        if known is not None and not intact:
-            self.repaired += 1
-            log.warning("device %s: somebody took our program away; attached again", name)
-        how = attach.attach(self._pins, index, self._xdp)
+    def renew(self) -> None:
+        """After the loader has pinned new programs: hold those, and put them on every device that has ours."""
+        self._held.close()
+        for index in attach.attached_devices(self._pins):
+            with contextlib.suppress(OSError):  # the device may have gone; whoever is wanted is attached anew
+                attach.attach(self._pins, index, self._xdp)
+        self._held.hold()
+
+    def _one(self, device: Device) -> None:
+        known = self.attached.get(device.index)
+        mode = self._xdp if device.up else attach.XdpMode.OFF
         if known is None:
-            log.info(
-                "device %s is filtered: %s, XDP %s%s",
-                name,
-                how.by,
-                how.xdp,
-                f" ({how.note})" if how.note else "",
-            )
-        self.attached[index] = (name, how)
+            how = attach.attach(self._pins, device.index, mode)
+            note = f" ({how.note})" if how.note else ""
+            log.info("device %s is filtered: %s, XDP %s%s", device.name, how.by, how.xdp, note)
+            known = Filtered(device, how)
+        else:
+            self._intact(known, device, mode)
+            if known.device != device or known.how.taken:
+                self._xdp_again(known, device, mode)
+        known.device = device
+        self.attached[device.index] = known
+        if (note := attach.status(self._pins, device.index).note) != known.in_front:
+            known.in_front = note
+            log.warning("device %s: %s", device.name, note or "no other program runs before ours any more")
+
+    def _intact(self, known: Filtered, device: Device, mode: attach.XdpMode) -> None:
+        """Compare with what we left there; put it back at once."""
+        now = attach.status(self._pins, device.index)
+        pairs = (
+            (now.ingress, True, "ingress"),
+            (now.egress, True, "egress"),
+            (now.xdp, known.how.xdp, "xdp"),
+        )
+        lost = [name for found, expected, name in pairs if found != expected]
+        if not lost:
+            return
+        known.how = attach.attach(self._pins, device.index, mode)
+        for name in lost:
+            self._tampering(name, f"the {name} program of {device.name} was detached or replaced")
+
+    def _xdp_again(self, known: Filtered, device: Device, mode: attach.XdpMode) -> None:
+        """The device has changed, or a program of somebody else was in the way: XDP may be possible now.
+
+        A device that is down has none: a bond takes no port that runs XDP, and ports are down when they join.
+        """
+        before = known.how.xdp
+        xdp, note, taken = attach.attach_xdp(self._pins, device.index, mode)
+        known.how = replace(known.how, xdp=xdp, note=note, taken=taken)
+        if xdp != before:
+            log.info("device %s: XDP %s%s", device.name, xdp, f" ({note})" if note else "")
+
+    def _tampering(self, what: str, text: str) -> None:
+        self.tampered[what] += 1
+        self.last_tampering = text
+        log.warning("tampering: %s; put back", text)
 
 
 def cleanup(pins: Path) -> list[str]:

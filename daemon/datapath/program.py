@@ -6,18 +6,19 @@ It collects what changed in an instant, compiles, plans and applies in a worker 
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bpf.attach import XdpMode, attach, attached_devices
 from bpf.layout import ConfigFlag, Sizes
 from bpf.syscall import LayoutMismatch
 from daemon.datapath.conntrack import Conntrack, sockets
+from daemon.datapath.devices import Devices
 from daemon.datapath.image import Image
 from daemon.datapath.ip4 import BlocksFull
-from daemon.datapath.links import Links, LoadFailed, chosen, load
+from daemon.datapath.links import LoadFailed, load
 from daemon.datapath.maps import KernelMaps
 from daemon.datapath.ops import Op, TableFull
 from daemon.model.identity import REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 HOST = Identity(Reserved.HOST)
 APISERVER = Identity(Reserved.KUBE_APISERVER)
 SETTLE_S = 0.002  # changes that come together are taken together
-LOOK_EVERY_S = 1.0  # at the devices, whether our programs are still there
 RETRY_S = 2.0
 RESERVED_IDENTITIES = tuple(Identity(one) for one in Reserved if one is not Reserved.UNKNOWN)
 
@@ -52,8 +52,6 @@ class ProgramSettings:
     pins: Path
     compile: CompileSettings
     sizes: Sizes = field(default_factory=Sizes)
-    devices: tuple[str, ...] = ("auto",)
-    xdp: XdpMode = XdpMode.AUTO
     audit: bool = False
     log_allowed: bool = True
 
@@ -84,13 +82,14 @@ class _Done:
 class Program:
     """Owns the data path of this host. `run` is the task; cancelling it leaves everything enforced."""
 
-    def __init__(self, tables: Tables, settings: ProgramSettings) -> None:
+    def __init__(self, tables: Tables, settings: ProgramSettings, devices: Devices) -> None:
         self.settings = settings
         self._tables = tables
         self._wake = asyncio.Event()
         self._image = Image(settings.sizes)
+        self._image_lock = threading.Lock()  # held by whoever plans and applies, never while compiling
         self._maps: KernelMaps | None = None
-        self._links = Links(settings.pins, settings.xdp)
+        self._devices = devices
         self._compiled: Compiled | None = None
         self._claims: dict[Prefix, dict[str, IpRow]] = {}
         self._node_claims: dict[NodeKey, dict[Prefix, IpRow]] = {}
@@ -114,21 +113,16 @@ class Program:
         self._wake.set()
         pending: _Work | None = None
         recompile = True
-        due = 0.0
         while True:
-            timeout = min(LOOK_EVERY_S, RETRY_S if pending else LOOK_EVERY_S)
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(RETRY_S if pending else None):
                     await self._wake.wait()
                 await asyncio.sleep(SETTLE_S)
             except TimeoutError:
                 pass
             self._wake.clear()
-            now = time.monotonic()
+            host.take()
             row = tables.host.get("host")
-            if row is not None and (host.take() or now >= due):
-                await self._devices(row)
-                due = now + LOOK_EVERY_S
             if row is None or not (tables.policies.synced and tables.identities.synced and tables.ips.synced):
                 self._waiting(row)
                 continue
@@ -141,33 +135,57 @@ class Program:
                 continue
             pending = await self._pass(work)
 
+    async def follow_own(self) -> None:
+        """For ever, beside `run`: an own address that appears is known at once, however long a compilation takes.
+
+        Until then its packets would pass as not for this host.
+        """
+        wake = asyncio.Event()
+        host = self._tables.host.reader(wake)
+        while True:
+            await wake.wait()
+            wake.clear()
+            host.take()
+            row = self._tables.host.get("host")
+            if row is not None and self._image.tables is not None:
+                await asyncio.to_thread(self._claim_own, row.addresses)
+
+    def _claim_own(self, addresses: frozenset[Prefix]) -> None:
+        with self._image_lock:
+            if self._maps is None or self._image.tables is None:
+                return
+            try:
+                self._maps.apply(self._image.claim(dict.fromkeys(addresses, HOST), ()))
+            except (OSError, TableFull, BlocksFull) as error:
+                log.warning("own addresses: %s; left to the next pass", error)
+
     async def _start(self) -> None:
         """Load the programs, open the maps, take over what is there. Tries again until it works."""
+        self._devices.loaded.clear()
         while True:
             try:
                 self._loaded = await load(self.settings.pins, self.settings.sizes)
                 maps = await asyncio.to_thread(KernelMaps, self.settings.pins, self.settings.sizes)
                 await asyncio.to_thread(self._adopt, maps)
-                await asyncio.to_thread(self._renew)
+                await asyncio.to_thread(self._devices.renew)
             except (LoadFailed, LayoutMismatch, OSError) as error:
                 self._status(StatusRow(ok=False, text=f"not loaded: {error}", hint=_hint(str(error))))
                 log.error("data path: %s", error)  # noqa: TRY400 - one line, no traceback
                 await asyncio.sleep(RETRY_S)
             else:
+                self._devices.loaded.set()
                 return
 
-    def _renew(self) -> None:
-        """Devices that an earlier process attached run the new programs already: the loader updated nothing of them."""
-        for index in attached_devices(self.settings.pins):
-            attach(self.settings.pins, index, self.settings.xdp)
-
     def _adopt(self, maps: KernelMaps) -> None:
-        self._maps = maps
-        self._image = Image(self.settings.sizes)
-        self._image.adopt(maps.leftover())
+        with self._image_lock:
+            self._maps = maps
+            self._image = Image(self.settings.sizes)
+            self._image.adopt(maps.leftover())
+            maps.apply(self._image.set_flags(self._flags()))
+
+    def _flags(self) -> ConfigFlag:
         flags = ConfigFlag.AUDIT if self.settings.audit else ConfigFlag(0)
-        flags |= ConfigFlag.LOG_ALLOWED if self.settings.log_allowed else ConfigFlag(0)
-        maps.apply(self._image.set_flags(flags))
+        return flags | (ConfigFlag.LOG_ALLOWED if self.settings.log_allowed else ConfigFlag(0))
 
     # --- one pass
 
@@ -237,7 +255,7 @@ class Program:
         return None
 
     def _do(self, work: _Work) -> _Done:
-        """In a worker thread: compile, plan, apply. Only this method and _adopt touch the image."""
+        """In a worker thread: compile, plan, apply."""
         started = time.monotonic()
         maps = self._maps
         assert maps is not None  # noqa: S101 - _start has returned
@@ -248,34 +266,39 @@ class Program:
             maps.apply(ops)
             operations += len(ops)
 
-        try:
-            switched = self._policy(work, apply, maps)
-        finally:
-            # Addresses change owners also when the policy was refused.
-            apply(self._image.claim(work.put, work.delete))
+        compiled = self._compile(work)
+        with self._image_lock:
+            try:
+                switched = compiled is not None and self._policy(work, compiled, apply, maps)
+            finally:
+                # Addresses change owners also when the policy was refused.
+                apply(self._image.claim(work.put, work.delete))
         return _Done(switched, time.monotonic() - started, operations)
 
-    def _policy(self, work: _Work, apply: Callable[[list[Op]], None], maps: KernelMaps) -> bool:
-        settings = self.settings.compile
+    def _compile(self, work: _Work) -> Compiled | None:
+        """What the work means for the tables; None when it is about addresses only."""
         if work.recompile:
-            compiled = compile_policy(
+            return compile_policy(
                 work.policies,
                 work.groups,
                 work.subject,
                 work.all_identities,
-                settings,
+                self.settings.compile,
                 previous=self._compiled,
             )
-        elif work.identities and self._compiled is not None:
-            added = {one: labels for one, labels in work.identities.items() if labels is not None}
-            gone = [one for one, labels in work.identities.items() if labels is None]
-            compiled = add_identities(self._compiled, added, gone)
-            ops = self._image.identities(compiled, work.identities)
-            if ops is not None:
-                apply(ops)
-                self._compiled = compiled
-                return False
-        else:
+        if not work.identities or self._compiled is None:
+            return None
+        added = {one: labels for one, labels in work.identities.items() if labels is not None}
+        gone = [one for one, labels in work.identities.items() if labels is None]
+        return add_identities(self._compiled, added, gone)
+
+    def _policy(
+        self, work: _Work, compiled: Compiled, apply: Callable[[list[Op]], None], maps: KernelMaps
+    ) -> bool:
+        """True when there was a switch."""
+        if not work.recompile and (ops := self._image.identities(compiled, work.identities)) is not None:
+            apply(ops)
+            self._compiled = compiled
             return False
         if self._compiled is not None and _same(self._compiled, compiled):
             self._compiled = compiled
@@ -399,24 +422,7 @@ class Program:
         known |= {number: self._node_labels(key) for key, number in self._node_numbers.items()}
         return known | {HOST: host.labels}
 
-    # --- devices and status
-
-    async def _devices(self, host: HostRow) -> None:
-        wanted = chosen((one for one in host.devices), self.settings.devices)
-        try:
-            await asyncio.to_thread(self._links.reconcile, wanted)
-        except OSError as error:
-            log.warning("devices: %s", error)
-        for _, (name, how) in sorted(self._links.attached.items()):
-            text = f"{how.by}, XDP {how.xdp}"
-            self._put(f"device:{name}", StatusRow(ok=True, text=text, hint=how.note, details=asdict(how)))
-        for name, problem in self._links.problems.items():
-            self._put(f"device:{name}", StatusRow(ok=False, text=f"not filtered: {problem}"))
-        present = {f"device:{name}" for name, _ in self._links.attached.values()} | {
-            f"device:{name}" for name in self._links.problems
-        }
-        for key in [one for one in self._tables.status if one.startswith("device:") and one not in present]:
-            self._tables.status.delete(key)
+    # --- status
 
     def _waiting(self, host: HostRow | None) -> None:
         missing = [
@@ -465,7 +471,6 @@ class Program:
             "pressure": image.pressure,
             "programs": self._loaded.get("programs", {}),
             "seeded": self._seeded,
-            "repaired": self._links.repaired,
             **sides,
         }
 

@@ -273,18 +273,18 @@ class Directory(Enricher):
         tables = self._tables
         revisions = (
             tables.identities.revision, tables.ips.revision, tables.nodes.revision, tables.host.revision,
-            len(self.ip_sources),
+            tables.devices.revision, len(self.ip_sources),
         )  # fmt: skip
         if revisions == self._revisions:
             return
         before, self._revisions = self._revisions, revisions
         self._sides.clear()
-        if before[2:4] == revisions[2:4]:
+        if before[2:5] == revisions[2:5]:
             return
         for host in tables.host.rows.values():
             self.node, self.cluster = host.name, host.cluster
-            self._devices = {device.index: device.name for device in host.devices}
             self._host_labels = format_labels(host.labels)
+        self._devices = {index: device.name for index, device in tables.devices.rows.items()}
         self._nodes = {prefix: key for key, row in tables.nodes.rows.items() for _, prefix in row.addresses}
 
     def _take_rules(self) -> None:

@@ -1,6 +1,7 @@
 """This host: devices and addresses by netlink, labels from the settings and the node file.
 
-Writes the one row of `host`, `identities[1]` and `status["host"]`. Without complete labels there is no row.
+Writes `devices`, the one row of `host`, `identities[1]` and `status["host"]`. Without complete labels there is no row
+of `host`; devices are told all the same, since a policy that was enforced before may have to cover them.
 """
 
 import asyncio
@@ -8,42 +9,31 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from pyroute2.iproute.linux import IPRoute
 
 from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import K8S, Label, LabelSet
-from daemon.model.net import Prefix, packed_prefix
+from daemon.model.net import Prefix
 from daemon.model.problem import Problem
 from daemon.policy.document import Node, read_documents
 from daemon.policy.reader import Reader
+from daemon.sources import rtnetlink
 from daemon.sources.safefiles import UnsafeError, opened_directory, read_file
-from daemon.state.tables import LOCAL, Device, HostRow, IdentityRow, StatusRow, Tables
+from daemon.state.tables import LOCAL, HostRow, IdentityRow, StatusRow, Tables
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 10.0  # also without an event: a lost message, a node file that was edited
-SETTLE_S = 0.01  # a new device brings some events in a row
+SETTLE_S = 0.002  # a new device brings some events in a row
+SHARE = 4  # of the time at most one part in so many goes into dumps, when devices come and go all the time
+LONGEST_SETTLE_S = 0.03
 MAX_FILE_BYTES = 1 << 20
-_RTMGRP = 0x1 | 0x10 | 0x100  # links, IPv4 addresses, IPv6 addresses
-_IFF_UP = 1
 _LOOPBACK4 = Prefix(4, 127 << 24, 8)
 _LOOPBACK6 = Prefix(6, 1, 128)
 
 
-@dataclass(frozen=True, slots=True)
-class Links:
-    """What netlink says: devices in index order, and every address that is the host's own."""
-
-    devices: tuple[Device, ...]
-    addresses: frozenset[Prefix]
-
-
-def own_addresses(prefixes: Iterator[Prefix]) -> frozenset[Prefix]:
+def own_addresses(prefixes: Iterable[Prefix]) -> frozenset[Prefix]:
     """Without loopback ranges, which never come over a wire."""
     return frozenset(
         one for one in prefixes if one != _LOOPBACK6 and not (one.family == 4 and _LOOPBACK4.contains(one))
@@ -97,16 +87,18 @@ class HostSource:
         """For ever; OSError when netlink fails."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        with _notifications() as channel:
+        with rtnetlink.notifications() as channel:
             loop.add_reader(channel, _drain, channel, changed)
             try:
                 while True:
                     changed.clear()
+                    started = time.monotonic()
                     await self._look()
+                    settle = SHARE * (time.monotonic() - started)
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(LOOK_EVERY_S):
                             await changed.wait()
-                    await asyncio.sleep(SETTLE_S)
+                    await asyncio.sleep(min(max(SETTLE_S, settle), LONGEST_SETTLE_S))
             finally:
                 loop.remove_reader(channel)
 
@@ -115,12 +107,14 @@ class HostSource:
         self._read_node_file()
         row = self._tables.host.get("host")
         if row is not None:
-            self._put(Links(row.devices, row.addresses))
+            self._put(row.addresses)
 
     async def _look(self) -> None:
-        links = await asyncio.to_thread(_dump)
+        devices, addresses = await asyncio.to_thread(rtnetlink.dump)
+        self._tables.devices.replace(devices)
+        self._tables.devices.mark_synced()
         self._read_node_file()
-        self._put(links)
+        self._put(own_addresses(addresses))
 
     def _read_node_file(self) -> None:
         """A file that is missing or broken leaves the labels as they were."""
@@ -153,7 +147,7 @@ class HostSource:
             Label(K8S, key, text) for key, text in both.items()
         }
 
-    def _put(self, links: Links) -> None:
+    def _put(self, addresses: frozenset[Prefix]) -> None:
         labels = self._label_set()
         if labels is None:
             self._status(
@@ -163,15 +157,13 @@ class HostSource:
             )
             return
         tables = self._tables
-        row = HostRow(self._name, self._cluster, self._cluster_id, labels, links.addresses, links.devices)
+        row = HostRow(self._name, self._cluster, self._cluster_id, labels, addresses)
         before = tables.host.get("host")
         if tables.host.put("host", row):
             _log(before, row)
         tables.identities.put(Identity(Reserved.HOST), IdentityRow(labels, LOCAL))
         tables.host.mark_synced()
-        self._status(
-            ok=True, text=f"{self._name}: {len(links.devices)} devices, {len(links.addresses)} addresses"
-        )
+        self._status(ok=True, text=f"{self._name}: {len(tables.devices)} devices, {len(addresses)} addresses")
 
     def _status(self, *, ok: bool, text: str, hint: str = "") -> None:
         if self._since[0] != ok:
@@ -187,46 +179,8 @@ def _log(before: HostRow | None, now: HostRow) -> None:
         log.info("own addresses no more: %s", ", ".join(map(str, sorted(went))))
 
 
-@contextlib.contextmanager
-def _notifications() -> Iterator[socket.socket]:
-    """A netlink socket that hears of every change.
-
-    pyroute2's asyncio classes need a datagram endpoint, which uvloop refuses for AF_NETLINK; and all we want
-    to know is that something changed, since a dump costs a few milliseconds and cannot be out of step.
-    """
-    flags = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_NETLINK, flags, socket.NETLINK_ROUTE) as channel:
-        channel.bind((0, _RTMGRP))
-        yield channel
-
-
 def _drain(channel: socket.socket, changed: asyncio.Event) -> None:
     changed.set()
     with contextlib.suppress(BlockingIOError, OSError):  # ENOBUFS: something was lost, and we look anyway
         while channel.recv(65_536):
             pass
-
-
-def _dump() -> Links:
-    """In a thread, where pyroute2 makes an event loop of its own: under uvloop it cannot work."""
-    with IPRoute() as route:
-        devices = sorted((_device(one) for one in route.get_links()), key=lambda one: one.index)
-        return Links(tuple(devices), own_addresses(_addresses(route)))
-
-
-def _device(message: Any) -> Device:
-    return Device(
-        str(message.get("ifname") or ""),
-        int(message["index"]),
-        bool(message["flags"] & _IFF_UP),
-        str(message.get("address") or ""),
-        int(message.get("mtu") or 0),
-    )
-
-
-def _addresses(route: IPRoute) -> Iterator[Prefix]:
-    for message in route.get_addr():
-        text = message.get("local") or message.get("address")  # point to point: `address` is the other end
-        if text:
-            family = socket.AF_INET6 if ":" in text else socket.AF_INET
-            yield packed_prefix(socket.inet_pton(family, text))

@@ -66,13 +66,17 @@ class NodeRow:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A network device of this host."""
+    """A network device of this host. `master` and `lower` are indexes, 0 for none: the bond, team or bridge that it is
+    a port of, and the device that a VLAN or macvlan sits on. `kind` is empty for hardware."""
 
     name: str
     index: int
     up: bool
     mac: str
     mtu: int
+    kind: str = ""
+    master: int = 0
+    lower: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +89,21 @@ class HostRow:
     cluster_id: int
     labels: LabelSet
     addresses: frozenset[Prefix]
-    devices: tuple[Device, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StatusRow:
-    """How one part is: key is the part's name (`datapath`, `policy files`, `mesh:<cluster>`, `device:<name>`)."""
+    """How one part is: key is the part's name (`datapath`, `policy files`, `mesh:<cluster>`, `device:<name>`).
+
+    `warn`: it works, and somebody should know all the same.
+    """
 
     ok: bool
     text: str
     hint: str = ""
     since: float = 0.0  # wall-clock seconds
     details: Mapping[str, object] = field(default_factory=dict)
+    warn: bool = False
 
 
 @dataclass(slots=True)
@@ -108,6 +115,7 @@ class Tables:
     identities: Table[Identity, IdentityRow] = field(default_factory=lambda: Table("identities"))
     ips: Table[IpKey, IpRow] = field(default_factory=lambda: Table("ips"))
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
+    devices: Table[int, Device] = field(default_factory=lambda: Table("devices"))  # by index
     host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))
     problems: Table[str, tuple[Problem, ...]] = field(default_factory=lambda: Table("problems"))
     # number in the kernel -> origin

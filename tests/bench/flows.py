@@ -61,9 +61,8 @@ def packed(count: int, sources: int, chance: random.Random) -> bytes:
 def tables() -> Tables:
     """A host with 64 rules, 512 identities and 4,096 named addresses."""
     found = Tables()
-    found.host.put(
-        "host", HostRow("a1", "alpha", 1, frozenset(), frozenset(), (Device("eth0", 2, True, "", 1500),))
-    )
+    found.host.put("host", HostRow("a1", "alpha", 1, frozenset(), frozenset()))
+    found.devices.put(2, Device("eth0", 2, True, "", 1500))
     for number in range(512):
         labels = parse_labels(
             [

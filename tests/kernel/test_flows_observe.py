@@ -154,7 +154,8 @@ def tables() -> Tables:
     found = Tables()
     device = Device("mwfl0", ifindex(), up=True, mac="", mtu=1500)
     addresses = frozenset({parse_prefix(NODE_IP)})
-    found.host.put("host", HostRow("node", "alpha", 1, parse_labels(["reserved:host"]), addresses, (device,)))
+    found.host.put("host", HostRow("node", "alpha", 1, parse_labels(["reserved:host"]), addresses))
+    found.devices.put(device.index, device)
     kubelet = RuleOrigin(
         "kubelet", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 0, "k.yaml", 7
     )

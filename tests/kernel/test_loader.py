@@ -43,6 +43,7 @@ from bpf.syscall import (
     link_create,
     link_info,
     obj_get,
+    prog_info,
     prog_load,
     prog_query,
 )
@@ -495,14 +496,14 @@ def test_clsact_filters_give_the_same_verdicts(cable: Cable) -> None:
     with inside(cable.us):
         clsact.attach(cable.ifindex, ingress, egress)
         clsact.attach(cable.ifindex, ingress, egress)  # replaces itself
-        assert clsact.status(cable.ifindex) == (True, True)
+        assert clsact.status(cable.ifindex) == (prog_info(ingress).id, prog_info(egress).id)
     with cable.listen(ALLOWED) as allowed, cable.listen(DENIED) as denied, cable.client() as client:
         client.sendto(b"x", (US, ALLOWED))
         client.sendto(b"x", (US, DENIED))
         assert (waiting(allowed), waiting(denied)) == (1, 0)
         with inside(cable.us):
             clsact.detach(cable.ifindex)
-            assert clsact.status(cable.ifindex) == (False, False)
+            assert clsact.status(cable.ifindex) == (0, 0)
         client.sendto(b"x", (US, DENIED))
         assert waiting(denied) == 1
     os.close(ingress)
@@ -523,8 +524,8 @@ def test_without_tcx_attach_falls_back_to_clsact_and_remembers_the_device(
         assert (waiting(allowed), waiting(denied)) == (1, 0)
     with inside(cable.us):
         attach.detach(cable.pins, cable.ifindex)
-        assert clsact.status(cable.ifindex) == (False, False)
-        assert clsact.status(9_999) == (False, False)
+        assert clsact.status(cable.ifindex) == (0, 0)
+        assert clsact.status(9_999) == (0, 0)
         assert attach.attached_devices(cable.pins) == []
 
 

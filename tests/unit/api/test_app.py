@@ -42,7 +42,7 @@ def tables() -> Tables:
         for one in parse_documents(POLICY.replace("NAME", name).replace("ROLE", role), "f.yaml").policies:
             found.policies.put(key_of(one), one)
     labels = parse_labels(["reserved:host", "k8s:role=edge"])
-    found.host.put("host", HostRow("t1", "alpha", 1, labels, frozenset(), ()))
+    found.host.put("host", HostRow("t1", "alpha", 1, labels, frozenset()))
     found.identities.put(Identity(70000), IdentityRow(parse_labels(["k8s:app=web"]), "mesh:alpha"))
     for text in ("10.0.0.5", "10.0.0.0/24", "fd00::5"):
         found.ips.put(IpKey(parse_prefix(text), "mesh:alpha"), IpRow(Identity(70000), "web", "shop"))

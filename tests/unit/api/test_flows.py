@@ -18,7 +18,7 @@ from daemon.model.net import Direction, parse_prefix
 from daemon.model.rule import RuleOrigin
 from daemon.state.tables import Device, HostRow, Tables
 
-HOST = HostRow("a1", "alpha", 1, frozenset(), frozenset(), (Device("eth0", 2, True, "", 1500),))
+HOST = HostRow("a1", "alpha", 1, frozenset(), frozenset())
 KUBELET = RuleOrigin(
     "kubelet", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 0, "/p/k.yaml", 7, "tag"
 )
@@ -39,6 +39,7 @@ def pack(**changes):
 def pipeline(tmp_path):
     tables = Tables()
     tables.host.put("host", HOST)
+    tables.devices.put(2, Device("eth0", 2, True, "", 1500))
     tables.rules.put(FIRST_RULE, KUBELET)
     tables.rules.put(FIRST_RULE + 1, BAN)
     return FlowPipeline(tables, tmp_path, capacity=256)

@@ -96,7 +96,7 @@ def test_the_data_path_tells_its_mode_and_how_full_it_is(told, tables):
 
 
 def test_remote_clusters_are_told_one_by_one(told, tables):
-    tables.host.put("host", HostRow("a1", "alpha", 1, frozenset(), frozenset(), ()))
+    tables.host.put("host", HostRow("a1", "alpha", 1, frozenset(), frozenset()))
     tables.status.put("mesh", StatusRow(ok=True, text="connected"))
     tables.status.put("mesh:alpha", StatusRow(ok=True, text="synced", details={"own": True}))
     tables.status.put("mesh:beta", StatusRow(ok=True, text="synced"))

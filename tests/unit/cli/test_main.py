@@ -17,6 +17,7 @@ from daemon.cli.main import ELSEWHERE, NOUNS, main, module_of, noun_in, parser_f
 STATUS = {
     "ok": False, "version": "9.9", "node": "t1", "cluster": {"name": "alpha", "id": 1}, "uptime_s": 7300,
     "problems": [{"part": "datapath", "text": "not loaded", "hint": "do \x1b[2J this", "since": 0}],
+    "warnings": [{"part": "tampering", "text": "once", "hint": "", "since": 0}],
     "enforcement": {"mode": "always", "audit": True, "audit_policies": ["p"], "ok": True, "text": "audit", "since": 0,
                     "generation": 3, "ingress": {"enforced": True, "default_deny": True}, "egress": None},
     "devices": [{"name": "eth0", "text": "tcx, XDP native", "note": ""}],

@@ -58,9 +58,9 @@ def tables() -> Tables:
             cluster_id=1,
             labels=parse_labels(["reserved:host", "k8s:role=worker"]),
             addresses=frozenset({parse_prefix("10.1.0.4"), parse_prefix("2001:db8:1::4")}),
-            devices=(Device("eth0", 2, up=True, mac="02:00:5e:10:00:01", mtu=1500),),
         ),
     )
+    found.devices.put(2, Device("eth0", 2, up=True, mac="02:00:5e:10:00:01", mtu=1500))
     labels = parse_labels(
         [
             "k8s:app=metrics-server",

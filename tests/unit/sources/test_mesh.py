@@ -170,7 +170,7 @@ async def test_a_node_cannot_take_this_hosts_address_or_a_special_one(
     tables: Tables, kv: MemoryKV, running, until
 ):
     mine = parse_prefix("10.0.0.9")
-    tables.host.put("host", HostRow("e1", "east", 1, frozenset(), frozenset({mine}), ()))
+    tables.host.put("host", HostRow("e1", "east", 1, frozenset(), frozenset({mine})))
     await put_cluster(kv)
     await put_node(kv, "w1", "10.0.0.9")
     await put_node(kv, "w2", "127.0.0.1")
