@@ -33,7 +33,6 @@ HOST = HostRow(
     1,
     parse_labels(("reserved:host", "k8s:rack=r12")),
     frozenset({parse_prefix("10.1.0.4")}),
-    (Device("eth0", 2, True, "", 1500),),
 )
 KUBELET = RuleOrigin(
     "kubelet", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 0, "/p/k.yaml", 7, "tag"
@@ -62,6 +61,7 @@ def to_port(number):
 def tables():
     tables = Tables()
     tables.host.put("host", HOST)
+    tables.devices.put(2, Device("eth0", 2, True, "", 1500))
     tables.rules.put(FIRST_RULE, KUBELET)
     return tables
 

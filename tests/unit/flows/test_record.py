@@ -33,7 +33,6 @@ HOST = HostRow(
     1,
     parse_labels(("reserved:host", "k8s:rack=r12")),
     frozenset(),
-    (Device("eth0", 2, True, "", 1500),),
 )
 RULE = RuleOrigin(
     "kubelet", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 0, "/p/k.yaml", 7, "tag"
@@ -93,6 +92,7 @@ def some_events(seed, count, since_ns=0):
 def tables():
     tables = Tables()
     tables.host.put("host", HOST)
+    tables.devices.put(2, Device("eth0", 2, True, "", 1500))
     tables.rules.put(FIRST_RULE, RULE)
     web = IdentityRow(parse_labels(("k8s:app=web", "k8s:io.cilium.k8s.policy.cluster=beta")), "mesh:beta")
     tables.identities.put(Identity(70_000), web)
