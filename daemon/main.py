@@ -25,7 +25,7 @@ from bpf.attach import XdpMode
 from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
-from daemon.api import app, flows, mesh, metrics, resources, status
+from daemon.api import app, flows, mesh, metrics, resources, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, FailsafeEntry, load
 from daemon.datapath.devices import Devices
@@ -274,6 +274,7 @@ class Daemon:
         yield from status.routes(glance)
         yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
         yield from mesh.routes(self.tables)
+        yield from subject.routes(self.tables, lambda: self._program.settings.compile)
         kept = record_settings(config).directory if config.record.enabled else None
         yield from flows.routes(self._pipeline, kept)
         yield from metrics.routes(self._pipeline, self.tables, self._watch.stalls)

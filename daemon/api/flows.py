@@ -30,7 +30,8 @@ def routes(pipeline: FlowPipeline, recorded: Path | None = None) -> list[web.Rou
 
     GET /v1/flows?number=20&first=&follow=&since=&until=&whitelist=[..]&blacklist=[..]: a stream of JSON
     lines. Times are RFC 3339 or nanoseconds since 1970; whitelist and blacklist are JSON lists of
-    FlowFilters. GET /v1/flows/status: the store and the loss counters.
+    FlowFilters. GET /v1/flows/status: the store and the loss counters. GET /v1/flows/groups?since=&until=&..:
+    recorded flows, those alike in one line with their `count`.
     """
 
     async def flows(request: web.Request) -> web.StreamResponse:
@@ -39,7 +40,14 @@ def routes(pipeline: FlowPipeline, recorded: Path | None = None) -> list[web.Rou
     async def status(_: web.Request) -> web.StreamResponse:
         return web.json_response(status_json(pipeline))
 
-    return [web.get("/v1/flows", flows), web.get("/v1/flows/status", status)]
+    async def groups(request: web.Request) -> web.StreamResponse:
+        return await _groups(recorded, request)
+
+    return [
+        web.get("/v1/flows", flows),
+        web.get("/v1/flows/status", status),
+        web.get("/v1/flows/groups", groups),
+    ]
 
 
 async def _stream(pipeline: FlowPipeline, recorded: Path | None, request: web.Request) -> web.StreamResponse:
@@ -66,18 +74,41 @@ async def _stream(pipeline: FlowPipeline, recorded: Path | None, request: web.Re
     return response
 
 
+async def _groups(recorded: Path | None, request: web.Request) -> web.StreamResponse:
+    if recorded is None:
+        return web.json_response({"error": "flows are not recorded (setting record.enabled)"}, status=404)
+    query = dict(request.query)
+    try:
+        wanted = parse_request(query)
+    except FilterError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    until = time.time_ns() if wanted.until_ns is None else wanted.until_ns
+    await _read(recorded, _question(query, wanted.since_ns or 0, until) | {"groups": True}, response)
+    return response
+
+
 async def _older(
     recorded: Path, wanted: Request, query: dict[str, str], remembered_ns: int, response: web.StreamResponse
 ) -> int:
     """Write what was recorded before the oldest flow in memory; returns how many flows that were."""
     until = remembered_ns - 1 if wanted.until_ns is None else min(wanted.until_ns, remembered_ns - 1)
-    question = {
-        "since_ns": wanted.since_ns,
-        "until_ns": until,
-        "number": None if wanted.follow else wanted.number,
+    question = _question(query, wanted.since_ns or 0, until)
+    return await _read(recorded, question | {"number": None if wanted.follow else wanted.number}, response)
+
+
+def _question(query: dict[str, str], since_ns: int, until_ns: int) -> Json:
+    return {
+        "since_ns": since_ns,
+        "until_ns": until_ns,
         "whitelist": _json(query, "whitelist"),
         "blacklist": _json(query, "blacklist"),
     }
+
+
+async def _read(recorded: Path, question: Json, response: web.StreamResponse) -> int:
+    """Hand the reader's lines on; returns how many there were."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "daemon.flows.recorded", str(recorded)),
         stdin=subprocess.PIPE,

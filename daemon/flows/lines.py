@@ -40,7 +40,7 @@ def lost_json(lost: Lost) -> Json:
 
 def flow_json(flow: Flow, started_ns: int) -> Json:
     """GetFlowsResponse in protobuf's JSON (snake case, defaults left out), and a member `meshwall`."""
-    moment = _rfc3339(flow.time_ns)
+    moment = rfc3339(flow.time_ns)
     node = f"{flow.cluster or 'default'}/{flow.node}" if flow.node else ""
     drop = flow.type is FlowType.DROP
     shown: Json = {
@@ -165,7 +165,7 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _rfc3339(time_ns: int) -> str:
+def rfc3339(time_ns: int) -> str:
     """As protobuf's JSON writes it: with 0, 3, 6 or 9 decimals."""
     seconds, fraction = divmod(time_ns, 1_000_000_000)
     if fraction % 1_000:

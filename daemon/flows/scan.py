@@ -44,13 +44,16 @@ class Columns:
         (found,) = events(self._payload[index :: self.count])
         return found
 
+    def column(self, at: int) -> bytes:
+        """The byte at that offset of every event."""
+        return self._payload[at * self.count : (at + 1) * self.count]
+
     def among(self, at: int, values: Iterable[int]) -> int:
         """The events whose byte at that offset is one of the values."""
         table = bytearray(256)
         for value in values:
             table[value] = 1
-        column = self._payload[at * self.count : (at + 1) * self.count]
-        return int.from_bytes(column.translate(table), "little")
+        return int.from_bytes(self.column(at).translate(table), "little")
 
     def equal(self, at: int, value: bytes) -> int:
         """The events that have these bytes there."""
