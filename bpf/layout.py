@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 
-LAYOUT_VERSION = 1  # names the pin directory; raised only when an older program could misread a row
+LAYOUT_VERSION = 2  # names the pin directory; raised only when an older program could misread a row
 
 # Slots with a fixed meaning. All others are handed out by daemon/datapath/slots.py.
 SLOT_WORLD4 = 0  # an IPv4 address that no table names
@@ -82,7 +82,7 @@ class CellFlag(IntFlag):
 
     AUDIT = 1  # report, do not drop
     LOG = 2  # an event for each packet, within the budget
-    REJECT = 4
+    REJECT = 4  # tell the sender, do not be silent
     AUTH = 8
 
 
@@ -235,6 +235,13 @@ CONFIG = Struct(
         ("buffer_flags1", "I"),
         ("event_budget", "I"),  # events per reason, CPU and second; the rest is counted as suppressed
         ("hz", "I"),  # jiffies per second: the unit of time in ct4, ct6 and fragments; written by the loader
+        ("panic", "I"),
+        (
+            "reject_budget",
+            "I",
+        ),  # answers to denied packets per hook, CPU and second; beyond it there is silence
+        ("panic_until", "Q"),
+        ("trace_cookie", "Q"),
     ),
 )
 PEER = Struct("peer", (("slot", "I"), ("flags", "I")))
@@ -286,6 +293,8 @@ FRAG_KEY = Struct(
 FRAG_ENTRY = Struct("frag_entry", (("expires", "Q"), ("rule", "I"), ("pass_", "I")))
 HITS = Struct("hits", (("packets", "Q"), ("bytes", "Q")))
 BUDGET = Struct("budget", (("window", "Q"), ("used", "Q"), ("suppressed", "Q"), ("lost", "Q")))
+SOURCE_KEY = Struct("source_key", (("address", "16s"), ("family", "B"), ("pad", "3s")))
+SOURCE_SHARE = Struct("source_share", (("window", "Q"), ("used", "Q")))
 EVENT = Struct(
     "event",
     (
@@ -315,11 +324,12 @@ EVENT = Struct(
     ),
 )
 
-SCRATCH = Struct("scratch", (("opaque", "192s"),))  # one packet's work space; its inside is the C's own
+# one packet's work space, and its answer's; the inside is the C's own
+SCRATCH = Struct("scratch", (("opaque", "192s"), ("room", "192s")))
 
 STRUCTS = (
     CONFIG, PEER, ROWS, SLOT_INFO, BLOCK, PORT_COLUMNS, CELLS, IP4_KEY, IP6_KEY, NET6_KEY, PREFIX6_KEY,
-    CT4_KEY, CT6_KEY, CT_ENTRY, FRAG_KEY, FRAG_ENTRY, HITS, BUDGET, EVENT, SCRATCH,
+    CT4_KEY, CT6_KEY, CT_ENTRY, FRAG_KEY, FRAG_ENTRY, HITS, BUDGET, SOURCE_KEY, SOURCE_SHARE, EVENT, SCRATCH,
 )  # fmt: skip
 
 
@@ -335,6 +345,7 @@ class MapKind(IntEnum):
     RINGBUF = 27
 
 
+ANSWER_SOURCES = 4_096
 NO_PREALLOC = 1
 MMAPABLE = 1 << 10
 
@@ -401,6 +412,10 @@ def maps(sizes: Sizes | None = None) -> dict[str, Map]:
         # index: direction * REASONS + reason
         Map("reasons", MapKind.PERCPU_ARRAY, None, HITS, 2 * REASONS),
         Map("budgets", MapKind.PERCPU_ARRAY, None, BUDGET, REASONS),
+        # index: Hook. XDP: packets left to TCX for an answer; TCX: answers
+        Map("answers", MapKind.PERCPU_ARRAY, None, BUDGET, len(Hook)),
+        Map("answered", MapKind.PERCPU_ARRAY, None, HITS, 2),  # index: direction
+        Map("answer_sources", MapKind.LRU_HASH, SOURCE_KEY, SOURCE_SHARE, ANSWER_SOURCES),
         Map("scratch", MapKind.PERCPU_ARRAY, None, SCRATCH, len(Hook)),
         Map("events", MapKind.RINGBUF, None, None, size.events_bytes),
     )

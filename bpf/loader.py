@@ -41,10 +41,21 @@ from bpf.syscall import (
 )
 
 HERE = Path(__file__).parent
-SOURCES = ("maps.h", "parse.h", "peer.h", "verdict.h", "conntrack.h", "fragments.h", "events.h", "host.c")
+SOURCES = (
+    "maps.h",
+    "parse.h",
+    "peer.h",
+    "verdict.h",
+    "conntrack.h",
+    "fragments.h",
+    "events.h",
+    "reject.h",
+    "host.c",
+)
 DEBIAN_PACKAGES = "/usr/lib/python3/dist-packages"  # bcc comes from the distribution, not from PyPI
 PROGRAMS = {"xdp": ProgType.XDP, "tcx_ingress": ProgType.SCHED_CLS, "tcx_egress": ProgType.SCHED_CLS}
 DEFAULT_EVENT_BUDGET = 1_000
+DEFAULT_REJECT_BUDGET = 100
 
 
 class LoaderError(Exception):
@@ -76,6 +87,7 @@ def source_text(fds: Mapping[str, int], sizes: layout.Sizes, features: Features,
     numbers |= {"SLOTS": sizes.slots, "HZ": features.hz}
     lines = [f"#define {name} {value}u" for name, value in numbers.items()]
     lines.append(f"#define COOKIE {cookie}ull")
+    lines.append(f"#define ANSWER_MARK {cookie & 0xFFFFFFFF | 1}u")  # no packet has mark 0 by accident
     length = "xdp_buff_len(ctx)" if features.xdp_frags else "(ctx->data_end - ctx->data)"
     lines.append(f"#define XDP_LENGTH(ctx) {length}")
     lines += [f'#line 1 "{name}"\n{(HERE / "src" / name).read_text(encoding="ascii")}' for name in SOURCES]
@@ -158,8 +170,9 @@ def prepare_config(config: PinnedMap, hz: int) -> None:
     offsets = layout.CONFIG.offsets()
     with config.mmap(writable=True) as memory:
         struct.pack_into("=I", memory, offsets["hz"], hz)
-        if not struct.unpack_from("=I", memory, offsets["event_budget"])[0]:
-            struct.pack_into("=I", memory, offsets["event_budget"], DEFAULT_EVENT_BUDGET)
+        for name, most in (("event_budget", DEFAULT_EVENT_BUDGET), ("reject_budget", DEFAULT_REJECT_BUDGET)):
+            if not struct.unpack_from("=I", memory, offsets[name])[0]:
+                struct.pack_into("=I", memory, offsets[name], most)
 
 
 def name_fixed_slots(slot_info: PinnedMap) -> None:

@@ -49,7 +49,7 @@ RIG_SIZES = layout.sized(
     events_bytes=1 << 20,
 )
 PROGRAM_OF = {Hook.XDP: "xdp", Hook.TCX_INGRESS: "tcx_ingress", Hook.TCX_EGRESS: "tcx_egress"}
-XDP_DROP, XDP_PASS, TCX_DROP, TCX_NEXT = 1, 2, 2, 0xFFFFFFFF
+XDP_DROP, XDP_PASS, TCX_DROP, TCX_REDIRECT, TCX_NEXT = 1, 2, 2, 7, 0xFFFFFFFF
 XDP_MD = struct.Struct("=6I")  # data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
 SKB_INGRESS_IFINDEX = 36  # offsets in struct __sk_buff
 SKB_GSO_SEGMENTS = 164
@@ -98,11 +98,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one run of a program did. `marked`: XDP told the next hook that it need not judge again."""
+    """What one run of a program did.
+
+    marked: XDP told the next hook that it need not judge again. answer: the frame that goes back instead.
+    """
 
     passes: bool
     marked: bool
     duration_ns: int
+    answer: bytes = b""
 
 
 class Rig:
@@ -137,14 +141,19 @@ class Rig:
         for one in self.maps.values():
             one.close()
 
-    def install(self, policy: Policy, *, event_budget: int = 1_000_000) -> None:
+    def install(self, policy: Policy, *, event_budget: int = 1_000_000, reject_budget: int = 100) -> None:
         """Make the maps say what the policy says, as the next generation; connections and fragments stay."""
         self._generation += 1
         flags = policy.flags | self._write_addresses(policy)
         self._write_cells(policy, self._generation & 1)
         enforced = {f"buffer_flags{self._generation & 1}": int(policy.enforced)}
         config = CONFIG.pack(
-            generation=self._generation, flags=int(flags), event_budget=event_budget, hz=self.hz, **enforced
+            generation=self._generation,
+            flags=int(flags),
+            event_budget=event_budget,
+            reject_budget=reject_budget,
+            hz=self.hz,
+            **enforced,
         )
         self.maps["config"].update(0, config)
 
@@ -226,7 +235,7 @@ class Rig:
 
     def forget(self) -> None:
         """Empty connections and fragments."""
-        for name in ("ct4", "ct6", "fragments", "fragments_denied"):
+        for name in ("ct4", "ct6", "fragments", "fragments_denied", "answer_sources"):
             self._empty(name)
 
     def run(
@@ -251,7 +260,8 @@ class Rig:
             struct.pack_into("=I", context, SKB_GSO_SEGMENTS, segments)
             struct.pack_into("=I", context, SKB_GSO_SIZE, 1_000)
         result = self._run_skb(program, frame, bytes(context), repeat)
-        return Verdict(result.value == TCX_NEXT, marked=False, duration_ns=result.duration_ns)
+        answer = result.data if result.value == TCX_REDIRECT else b""
+        return Verdict(result.value == TCX_NEXT, marked=False, duration_ns=result.duration_ns, answer=answer)
 
     @staticmethod
     def _run_skb(program: int, frame: bytes, context: bytes, repeat: int) -> RunResult:

@@ -236,6 +236,10 @@ class Config(Section):
     audit_policies: tuple[str, ...] = Field(
         default=(), description="policies whose denials are reported, not enforced"
     )
+    denied: Literal["drop", "reject"] = Field(
+        default="drop",
+        description="what a denied packet gets unless its policy says: silence, or a TCP reset or ICMP error",
+    )
     enforcement: Literal["default", "always", "never"] = Field(
         default="default",
         description="`default`: a direction is closed when a policy selects it; `always`; `never`",

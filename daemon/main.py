@@ -95,6 +95,7 @@ def compile_settings(config: Config) -> CompileSettings:
         node_selector_labels=config.node_selector_labels,
         failsafe=failsafes(config),
         audit_policies=frozenset(config.audit_policies),
+        reject=config.denied == "reject",
     )
 
 

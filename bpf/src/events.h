@@ -16,8 +16,8 @@ static __always_inline void count_reason(const struct packet *p, const struct sc
 	count(map_find(reasons, &at), p, s);
 }
 
-/* May this reason still send an event in this second, on this CPU? */
-static __always_inline int within_budget(struct budget *budget)
+/* May there be one more in this second, on this CPU? */
+static __always_inline int within_budget(struct budget *budget, __u32 most)
 {
 	__u64 now = bpf_jiffies64();
 
@@ -25,7 +25,7 @@ static __always_inline int within_budget(struct budget *budget)
 		budget->window = now;
 		budget->used = 0;
 	}
-	if (budget->used >= CONFIG->event_budget) {
+	if (budget->used >= most) {
 		budget->suppressed++;
 		return 0;
 	}
@@ -41,7 +41,7 @@ emit(const struct packet *p, const struct scope *s, const struct outcome *o, __u
 	struct event *e;
 	__u32 at = o->slot;
 
-	if (!budget || !within_budget(budget))
+	if (!budget || !within_budget(budget, CONFIG->event_budget))
 		return;
 	e = bpf_ringbuf_reserve((void *)MAP(events), sizeof(*e), 0);
 	if (!e) {

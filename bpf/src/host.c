@@ -5,11 +5,6 @@
  * what it passes carries a mark in front of the packet, so that it is not judged twice; what it leaves alone has none.
  */
 
-#define TCX_NEXT (-1)	/* other programs, and the stack, still have their say */
-#define TCX_DROP 2
-#define PACKET_OTHERHOST 3
-#define PACKET_LOOPBACK 5
-
 /* A shorter first buffer is taken for the whole frame until the parser misses something: asking costs a call for each
  * small packet, and only cards that split headers from data have several buffers there. Those frames are TCX's.
  */
@@ -25,6 +20,10 @@ struct scratch {
 			struct outcome outcome;
 		};
 		__u8 opaque[sizeof(struct packet) + sizeof(struct outcome) > 192 ? -1 : 192];
+	};
+	union {
+		union answer answer;
+		__u8 room[sizeof(union answer) > 192 ? -1 : 192];
 	};
 };
 
@@ -68,11 +67,6 @@ judge_by_policy(const struct packet *p, const struct scope *s, struct outcome *o
 		return REASON_RELATED;
 	o->judged = 1;
 	return denial(o->cell);
-}
-
-static __always_inline int is_audited(const struct scope *s, const struct outcome *o)
-{
-	return s->flags & CONFIG_AUDIT || (o->judged && cell_flags(o->cell) & CELLFLAG_AUDIT);
 }
 
 static __always_inline void tie_fragments(const struct packet *p, const struct scope *s, struct outcome *o)
@@ -207,7 +201,7 @@ int xdp(struct xdp_md *ctx)
 		return XDP_PASS;
 	judge_ingress(p, &s, o, (void *)(long)ctx->data, (void *)(long)ctx->data_end, 0);
 	REFRESH();
-	if (o->defer)
+	if (o->defer || (wants_answer(p, &s, o) && may_answer(HOOK_XDP)))
 		return XDP_PASS;
 	if (o->reason < REASON_POLICY_DEFAULT) {
 		if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(*mark)))
@@ -247,6 +241,10 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
 	/* the copy of a multicast that the host gets from itself has no link header */
 	if (direction == INGRESS && (judged_by_xdp(ctx) || ctx->pkt_type == PACKET_LOOPBACK))
 		return TCX_NEXT;
+	if (direction == INGRESS && ctx->mark == ANSWER_MARK) {	/* what we tell a process of this host */
+		ctx->mark = 0;
+		return TCX_NEXT;
+	}
 	read_config(&s);
 	s.ifindex = ctx->ifindex;
 	s.segments = ctx->gso_segs ? ctx->gso_segs : 1;
@@ -285,7 +283,10 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
 		}
 	}
 	REFRESH();
-	return conclude(p, &s, o) ? TCX_DROP : TCX_NEXT;
+	if (!conclude(p, &s, o))
+		return TCX_NEXT;
+	REFRESH();
+	return wants_answer(p, &s, o) ? answer(ctx, p, &s, &scratch->answer) : TCX_DROP;
 }
 
 int tcx_ingress(struct __sk_buff *ctx)

@@ -8,7 +8,7 @@
 
 #define __always_inline inline __attribute__((always_inline))
 
-struct config { __u32 generation, flags, buffer_flags0, buffer_flags1, event_budget, hz; };
+struct config { __u32 generation, flags, buffer_flags0, buffer_flags1, event_budget, hz, panic, reject_budget; __u64 panic_until, trace_cookie; };
 struct peer { __u32 slot, flags; };
 struct rows { __u32 ingress_at, egress_at; };
 struct slot_info { __u32 identity, flags; };
@@ -26,6 +26,8 @@ struct frag_key { __be32 src[4], dst[4]; __u32 id; __u8 proto, family; __u16 pad
 struct frag_entry { __u64 expires; __u32 rule, pass_; };
 struct hits { __u64 packets, bytes; };
 struct budget { __u64 window, used, suppressed, lost; };
+struct source_key { __be32 address[4]; __u8 family, pad[3]; };
+struct source_share { __u64 window, used; };
 struct event {
 	__u64 time_ns;
 	__be32 saddr[4], daddr[4];

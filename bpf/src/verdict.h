@@ -1,6 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0 */
 /* From a slot and a port to a cell of the policy: three array loads, whatever the number of rules. */
 
+#define TCX_NEXT (-1)	/* other programs, and the stack, still have their say */
+#define TCX_DROP 2
+#define TCX_REDIRECT 7
+#define PACKET_HOST 0
+#define PACKET_OTHERHOST 3
+#define PACKET_LOOPBACK 5
+
 #define cell_verdict(cell) ((cell) >> 28)
 #define cell_flags(cell) ((cell) >> 24 & 15)
 #define cell_rule(cell) ((cell) & 0xffffff)
@@ -35,6 +42,11 @@ static __always_inline __u32 cell_of(const struct scope *s, __u32 direction, __u
 static __always_inline int allows(__u32 cell)
 {
 	return cell_verdict(cell) == CELL_ALLOW || cell_verdict(cell) == CELL_REDIRECT;
+}
+
+static __always_inline int is_audited(const struct scope *s, const struct outcome *o)
+{
+	return s->flags & CONFIG_AUDIT || (o->judged && cell_flags(o->cell) & CELLFLAG_AUDIT);
 }
 
 static __always_inline __u32 denial(__u32 cell)

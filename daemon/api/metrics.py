@@ -17,7 +17,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from bpf.layout import EventKind, Reason
-from daemon.flows.counters import Hits, read_reasons, read_rules
+from daemon.flows.counters import Hits, read_answers, read_reasons, read_rules
 from daemon.flows.decode import drop_reason, meaning, reason_name
 from daemon.flows.pipeline import FlowPipeline
 from daemon.model.flow import DROP_TEXT, FIXED_RULES, FlowType, LostSource, rule_name
@@ -46,6 +46,7 @@ class Counted(NamedTuple):
 
     reasons: Mapping[tuple[Direction, int], Hits]
     rules: Mapping[int, Hits]
+    answers: Mapping[Direction, Hits]
 
 
 class Family(NamedTuple):
@@ -70,7 +71,7 @@ def routes(pipeline: FlowPipeline, tables: Tables, stalls: Stalls) -> list[web.R
 
 
 def _counted(pins: Path, rules: Iterable[int]) -> Counted:
-    return Counted(read_reasons(pins), read_rules(pins, rules))
+    return Counted(read_reasons(pins), read_rules(pins, rules), read_answers(pins))
 
 
 def exposition(found: Iterable[Family]) -> str:
@@ -98,6 +99,8 @@ def families(pipeline: FlowPipeline, tables: Tables, counted: Counted) -> Iterat
     yield from _flows(pipeline)
     yield from _packets(counted.reasons)
     yield from _rules(counted.rules, tables.rules.rows)
+    answers = [({"direction": direction.name}, hits) for direction, hits in sorted(counted.answers.items())]
+    yield from _pair("meshwall_rejected_{}_total", "Denied {} whose sender was told", answers, "packets")
     yield from _state(tables)
     yield from _datapath(tables)
     yield from _mesh(tables)

@@ -32,6 +32,11 @@ def read_rules(pins: Path, rules: Iterable[int]) -> Mapping[int, Hits]:
     return _hits(pins, "rule_hits", rules)
 
 
+def read_answers(pins: Path) -> Mapping[Direction, Hits]:
+    """Denied packets whose sender was told, by direction."""
+    return {Direction(at): hits for at, hits in _hits(pins, "answered", Direction).items()}
+
+
 def _hits(pins: Path, name: str, indexes: Iterable[int]) -> dict[int, Hits]:
     try:
         with _opened(pins / f"v{LAYOUT_VERSION}" / "maps" / name, name) as counters:

@@ -191,6 +191,7 @@ class Policy:
     line: int
     specs: tuple[Spec, ...] = ()
     uid: str = ""
+    denied: str = ""  # what a packet that it denies gets: `drop`, `reject`, or empty: as the host is set
 
     @property
     def title(self) -> str:

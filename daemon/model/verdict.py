@@ -18,7 +18,7 @@ class CellFlag(IntFlag):
     NONE = 0
     AUDIT = 1  # the deciding policy is in audit mode: report, do not drop
     LOG = 2
-    REJECT = 4
+    REJECT = 4  # tell the sender of a denied packet
     AUTH = 8
 
 

@@ -41,6 +41,9 @@ API_VERSIONS = {
     CNP: ("cilium.io/v2",),
     CIDR_GROUP: ("cilium.io/v2", "cilium.io/v2alpha1"),
 }
+OWN_ANNOTATIONS = "meshwall.io/"
+DENIED = OWN_ANNOTATIONS + "denied"
+DENIED_VALUES = ("drop", "reject")
 MAX_PORTS = 40  # in one block
 MAX_LISTED_PROBLEMS = 20  # of one plain list
 _METADATA = (
@@ -233,15 +236,14 @@ class _Policies(Reader):
         fields = self.mapping(node, "", known, ("apiVersion", "metadata"))
         if "apiVersion" in fields:
             self.choice(fields["apiVersion"], "apiVersion", API_VERSIONS[kind.text])
-        name, namespace, uid, labels = self.metadata(fields.get("metadata"))
+        metadata = self.metadata(fields.get("metadata"))
         if kind.text == CIDR_GROUP:
-            return self.cidr_group(node, fields.get("spec"), name, labels)
-        return self.policy(node, fields, kind.text, _Metadata(name, namespace, uid))
+            return self.cidr_group(node, fields.get("spec"), metadata.name, metadata.labels)
+        return self.policy(node, fields, kind.text, metadata)
 
-    def metadata(self, node: Node | None) -> tuple[str, str, str, tuple[str, ...]]:
-        """Name, namespace, uid and labels (`key=value`)."""
+    def metadata(self, node: Node | None) -> "_Metadata":
         if node is None:
-            return "", "", "", ()
+            return _Metadata("", "", "")
         fields = self.mapping(node, "metadata", _METADATA)
         if node.kind == "mapping" and "name" not in fields:
             self.fail(node, "metadata.name", "required, but missing")
@@ -253,7 +255,25 @@ class _Policies(Reader):
         if labels is not None and labels.kind != "null" and self.expect(labels, "metadata.labels", "mapping"):
             for key, value in labels.fields.items():
                 pairs.append(f"{key}={self.text(value, f'metadata.labels.{key}')}")
-        return name, namespace, uid, tuple(pairs)
+        return _Metadata(name, namespace, uid, tuple(pairs), self.denied(fields.get("annotations")))
+
+    def denied(self, node: Node | None) -> str:
+        """The annotation that says what a denied packet gets; other annotations of ours do not exist."""
+        path = "metadata.annotations"
+        if node is None or node.kind == "null" or not self.expect(node, path, "mapping"):
+            return ""
+        for key, value in node.fields.items():
+            if key.startswith(OWN_ANNOTATIONS) and key != DENIED:
+                self.fail(value, f"{path}.{key}", f"unknown annotation: expected {DENIED}")
+        if DENIED not in node.fields:
+            return ""
+        text = self.text(node.fields[DENIED], f"{path}.{DENIED}")
+        if text not in DENIED_VALUES:
+            expected = " or ".join(DENIED_VALUES)
+            self.fail(
+                node.fields[DENIED], f"{path}.{DENIED}", f"{shown(text)} is not known: expected {expected}"
+            )
+        return text
 
     def dns_name(self, node: Node | None, path: str, *, empty: bool = False) -> str:
         """A Kubernetes object name."""
@@ -284,7 +304,9 @@ class _Policies(Reader):
         listed += self.items(fields.get("specs"), "specs")
         if not listed and not self.failed:
             self.fail(node, "spec", "required, but missing: a policy needs spec or specs")
-        policy = Policy(metadata.name, namespace, kind, self.file, node.line, uid=metadata.uid)
+        policy = Policy(
+            metadata.name, namespace, kind, self.file, node.line, uid=metadata.uid, denied=metadata.denied
+        )
         specs = [self.spec(item, path, index, policy) for index, (item, path) in enumerate(listed)]
         return replace(policy, specs=tuple(one for one in specs if one is not None))
 
@@ -972,6 +994,8 @@ class _Metadata(NamedTuple):
     name: str
     namespace: str
     uid: str
+    labels: tuple[str, ...] = ()  # key=value
+    denied: str = ""
 
 
 @dataclass(frozen=True, slots=True)

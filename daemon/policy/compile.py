@@ -80,7 +80,7 @@ class CompileSettings:
 
     mode: `default`, `always` or `never`. named_ports: name -> (protocol, port) pairs that it resolves to.
     audit_policies: titles of policies whose denials are reported, not enforced, and whose allows open
-    nothing.
+    nothing. reject: denied packets are answered, unless the policy says otherwise.
     """
 
     mode: str = "default"
@@ -92,6 +92,7 @@ class CompileSettings:
     named_ports: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     failsafe: tuple[Failsafe, ...] = ()
     audit_policies: frozenset[str] = frozenset()
+    reject: bool = False
     allow_localhost: bool = True  # workloads only
 
     @property
@@ -187,6 +188,8 @@ class Compiler:
         self.chosen = selected_specs(policies, subject)
         rules = [rule for _, spec in self.chosen for rule in spec.rules]
         self.rules = {FIRST_RULE + at: rule.origin for at, rule in enumerate(rules)}
+        of_rules = [policy for policy, spec in self.chosen for _ in spec.rules]
+        self._rejecting = {FIRST_RULE + at for at, policy in enumerate(of_rules) if self._rejects(policy)}
         self._selectors: dict[Selector, int] = {}
         self._bound: dict[Selector, int] = {}  # as written -> number
         peers = [self._numbers(rule.peers) for rule in rules]
@@ -234,7 +237,21 @@ class Compiler:
             ],
             [(who, columns.of(ports)) for who, ports in safe],
             frozenset(number for number, rule, *_ in found if rule.origin.policy in settings.audit_policies),
+            frozenset(self._rejecting),
+            self._default_rejects(direction),
         )
+
+    def _rejects(self, policy: Policy) -> bool:
+        return policy.denied == "reject" if policy.denied else self.settings.reject
+
+    def _default_rejects(self, direction: Direction) -> bool:
+        """Nobody asks for silence: a default deny belongs to all policies that ask for it."""
+        asking = [
+            self._rejects(policy)
+            for policy, spec in self.chosen
+            if spec.default_deny[direction] and policy.title not in self.settings.audit_policies
+        ]
+        return all(asking) if asking else self.settings.reject
 
     def _numbers(self, peers: Sequence[Selector] | None) -> tuple[int, ...] | None:
         """The numbers of a rule's selectors; equal selectors share one."""
@@ -474,6 +491,8 @@ class _Plan(NamedTuple):
     rules: list[Numbered]
     failsafe: list[tuple[tuple[int, ...] | None, Sequence[int]]]
     audited: frozenset[int]
+    rejecting: frozenset[int]  # rules whose denials are answered
+    default_rejects: bool
 
 
 class _Row(NamedTuple):
@@ -508,7 +527,9 @@ class _Direction:
             for selector in one.peers or ():
                 self._by_selector.setdefault(selector, []).append(at)
         self._cells = {
-            one.number: pack_cell(Verdict.DENY if one.rule.deny else Verdict.ALLOW, one.number)
+            one.number: pack_cell(Verdict.DENY, one.number, _answering(one.number in plan.rejecting))
+            if one.rule.deny
+            else pack_cell(Verdict.ALLOW, one.number)
             for one in plan.rules
         }
 
@@ -600,7 +621,13 @@ class _Direction:
             return _ALLOWED
         if localhost and self.plan.direction is Direction.INGRESS:
             return _LOCALHOST
-        return pack_cell(Verdict.DEFAULT_DENY, int(self.plan.direction))
+        return pack_cell(
+            Verdict.DEFAULT_DENY, int(self.plan.direction), _answering(self.plan.default_rejects)
+        )
+
+
+def _answering(rejects: bool) -> CellFlag:
+    return CellFlag.REJECT if rejects else CellFlag.NONE
 
 
 def _narrowness(rule: Rule) -> int:

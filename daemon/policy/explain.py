@@ -95,6 +95,11 @@ class Explanation:
     @property
     def reason(self) -> str:
         """Why, in a few words that never claim a rule that did not decide."""
+        told = " (the sender is told)" if self.flags & CellFlag.REJECT and not self.passes else ""
+        return self._cause + told
+
+    @property
+    def _cause(self) -> str:
         if not self.enforced:
             return f"no policy restricts {self.query.direction}"
         if self.rule is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bpf.layout import LAYOUT_VERSION
 from bpf.syscall import obj_get
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +157,7 @@ class Machine:
 
     def programs(self) -> list[str]:
         """Pinned links, opened to see that they are there."""
-        found = sorted((self.root / "bpf" / "v1" / "links").iterdir())
+        found = sorted((self.root / "bpf" / f"v{LAYOUT_VERSION}" / "links").iterdir())
         for path in found:
             os.close(obj_get(path))
         return [path.name for path in found]

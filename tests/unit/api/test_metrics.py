@@ -28,8 +28,8 @@ def told(tables, tmp_path):
     """The text, given what the kernel counted."""
     pipeline = FlowPipeline(tables, tmp_path)
 
-    def text(reasons=None, rules=None):
-        return exposition(families(pipeline, tables, Counted(reasons or {}, rules or {})))
+    def text(reasons=None, rules=None, answers=None):
+        return exposition(families(pipeline, tables, Counted(reasons or {}, rules or {}, answers or {})))
 
     text.pipeline = pipeline
     return text
@@ -132,3 +132,9 @@ def test_every_line_is_a_comment_or_a_sample(told):
 def test_values_and_labels_are_written_as_the_format_wants():
     text = exposition([Family("x", "gauge", "a\nb", [({"l": 'q"\\\n'}, 0.25), ({}, 3.0)])])
     assert text == '# HELP x a\\nb\n# TYPE x gauge\nx{l="q\\"\\\\\\n"} 0.25\nx 3\n'
+
+
+def test_answers_to_denied_packets_are_counted_by_direction(told):
+    text = told(answers={Direction.INGRESS: Hits(3, 180)})
+    assert 'meshwall_rejected_packets_total{direction="INGRESS"} 3' in text
+    assert 'meshwall_rejected_bytes_total{direction="INGRESS"} 180' in text

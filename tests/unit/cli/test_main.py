@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bpf.layout import LAYOUT_VERSION
 from daemon.cli.main import ELSEWHERE, NOUNS, main, module_of, noun_in, parser_for
 
 STATUS = {
@@ -175,10 +176,10 @@ def test_help_imports_nothing_heavy() -> None:
 def test_cleanup_asks_for_yes_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pins" / "v1").mkdir(parents=True)
+    (tmp_path / "pins" / f"v{LAYOUT_VERSION}").mkdir(parents=True)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert main(["cleanup", "--pins", str(tmp_path / "pins")]) == 2
     assert "repeat with --yes" in capsys.readouterr().err
     assert main(["cleanup", "--pins", str(tmp_path / "pins"), "--dry-run"]) == 0
-    assert (tmp_path / "pins" / "v1").exists()
+    assert (tmp_path / "pins" / f"v{LAYOUT_VERSION}").exists()
     assert main(["cleanup", "--pins", str(tmp_path / "none")]) == 0

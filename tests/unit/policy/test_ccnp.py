@@ -100,6 +100,22 @@ def test_a_broken_document_does_not_take_the_good_ones_with_it():
     assert found.policies[1].line > found.policies[0].line
 
 
+@pytest.mark.parametrize(
+    ("line", "denied", "expected"),
+    [
+        ("example.org/note: hello", "", ""),
+        ("meshwall.io/denied: reject", "reject", ""),
+        ("meshwall.io/denied: drop", "drop", ""),
+        ("meshwall.io/denied: bounce", "", '"bounce" is not known: expected drop or reject'),
+        ("meshwall.io/reject: 'true'", "", "unknown annotation: expected meshwall.io/denied"),
+    ],
+)
+def test_an_annotation_says_what_a_denied_packet_gets(line, denied, expected):
+    found = parse_documents(KUBELET.replace("metadata:", f"metadata:\n  annotations: {{{line}}}"), "a.yaml")
+    assert [one.denied for one in found.policies] == ([] if expected else [denied])
+    assert [expected in one.message for one in found.problems] == ([True] if expected else [])
+
+
 def test_one_object_given_twice_is_refused():
     assert any("already defined in line 1" in one for one in problems(f"{KUBELET}---\n{KUBELET}"))
 

@@ -1,12 +1,15 @@
 """What the compiler promises beside the meaning: failsafe, fixed rules, sharing, and rule numbers."""
 
 import json
+from dataclasses import replace
+
+import pytest
 
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, Proto, parse_prefix
 from daemon.model.rule import CidrGroup
-from daemon.model.verdict import FIRST_RULE, FixedRule, Verdict, unpack_cell
+from daemon.model.verdict import FIRST_RULE, CellFlag, FixedRule, Verdict, unpack_cell
 from daemon.policy.ccnp import parse_documents
 from daemon.policy.compile import CompileSettings, Failsafe, Subject, compile_policy
 from daemon.policy.tables import PORTLESS
@@ -143,3 +146,32 @@ def test_churn_of_identities_grows_no_memory():
     assert len(universe.classes) < 12_000
     tables = compile_policy(policies(ingress(rule)), {}, HOST, PODS, CompileSettings(), previous=tables)
     assert answer(tables, tables.identities[POD], 6, 80) == (Verdict.ALLOW, FIRST_RULE)
+
+
+def rejects(tables, port):
+    return bool(unpack_cell(tables.ingress.cell(tables.unknown[0], 6, port))[2] & CellFlag.REJECT)
+
+
+@pytest.mark.parametrize("host_rejects", [False, True])
+@pytest.mark.parametrize("denied", ["", "drop", "reject"])
+def test_a_deny_rule_answers_as_its_policy_says_or_else_as_the_host_is_set(denied, host_rejects):
+    ports = [{"ports": [{"port": "80", "protocol": "TCP"}]}]
+    deny = {"nodeSelector": {}, "ingressDeny": [{"fromEntities": ["all"], "toPorts": ports}]}
+    (policy,) = policies(deny)
+    settings = CompileSettings(reject=host_rejects)
+    tables = compile_policy((replace(policy, denied=denied),), {}, HOST, PODS, settings)
+    wanted = denied == "reject" if denied else host_rejects
+    assert rejects(tables, 80) == rejects(tables, 81) == wanted
+
+
+def test_a_default_deny_answers_only_if_no_policy_that_asks_for_it_wants_silence():
+    opened, closed = policies(ingress({"fromEntities": ["health"]}), ingress({"fromEntities": ["init"]}))
+    loud = [replace(one, denied="reject") for one in (opened, closed)]
+    assert rejects(compile_policy(loud, {}, HOST, PODS, CompileSettings()), 80)
+    assert not rejects(compile_policy([loud[0], closed], {}, HOST, PODS, CompileSettings()), 80)
+    assert rejects(compile_policy([loud[0], closed], {}, HOST, PODS, CompileSettings(reject=True)), 80)
+    quiet = replace(closed, denied="drop")
+    assert not rejects(compile_policy([loud[0], quiet], {}, HOST, PODS, CompileSettings(reject=True)), 80)
+    audited = CompileSettings(audit_policies=frozenset({closed.title}))
+    assert rejects(compile_policy([loud[0], closed], {}, HOST, PODS, audited), 80)
+    assert rejects(compile_policy((), {}, HOST, PODS, CompileSettings(mode="always", reject=True)), 80)
