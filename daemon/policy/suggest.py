@@ -31,6 +31,7 @@ ENTITIES: dict[int, str] = {
     Reserved.INGRESS: "ingress",
     Reserved.UNMANAGED: "unmanaged",
 }
+MOST_LISTED = 40  # ports in one list, as the language has it
 MOST_ADDRESSES = 64  # one by one; more from outside become the entity world, with a remark
 _WORDS = {Direction.INGRESS: "from", Direction.EGRESS: "to"}
 _TITLES = {Direction.INGRESS: "ingress", Direction.EGRESS: "egress"}
@@ -96,10 +97,13 @@ def suggest(seen: Iterable[Seen], *, name: str, node_labels: LabelSet) -> Draft:
 
 
 def _expressible(one: Seen) -> bool:
-    """Whether the policy language has words for the protocol and the peer."""
-    named = one.query.proto in (*_WITH_PORTS, Proto.ICMP, Proto.ICMPV6)
+    """Whether the policy language has words for protocol, port (0 would mean all of them) and peer."""
+    if one.query.proto in _WITH_PORTS:
+        named = one.query.port > 0
+    else:
+        named = one.query.proto in (Proto.ICMP, Proto.ICMPV6) and one.query.port != PORTLESS
     peer = one.query.peer
-    return named and one.query.port != PORTLESS and (bool(peer.labels) or peer.address is not None)
+    return named and (bool(peer.labels) or peer.address is not None)
 
 
 def _port_key(one: Seen) -> tuple[Direction, int, int]:
@@ -167,22 +171,40 @@ def _rule(direction: Direction, peer: PeerText, seen: Sequence[Seen]) -> list[st
     if len(seen) > 8:
         lines.append(f"  # and {len(seen) - 8} more kinds of flow")
     lines.append(f"  - {_WORDS[direction]}{peer.field}: {peer.value}")
-    ports = sorted({(one.query.port, one.query.proto) for one in seen if one.query.proto in _WITH_PORTS})
+    ports = _runs({(one.query.proto, one.query.port) for one in seen if one.query.proto in _WITH_PORTS})
     if ports:
         lines.append("    toPorts:")
+    for at in range(0, len(ports), MOST_LISTED):
         lines.append("    - ports:")
-        lines += [f'      - {{port: "{port}", protocol: {proto_name(proto)}}}' for port, proto in ports]
+        lines += [f"      - {one}" for one in ports[at : at + MOST_LISTED]]
     types = sorted({(one.query.proto, one.query.port) for one in seen if one.query.proto not in _WITH_PORTS})
     if types and ports:  # a rule has either
         lines.append(f"  - {_WORDS[direction]}{peer.field}: {peer.value}")
     if types:
         lines.append("    icmps:")
+    for at in range(0, len(types), MOST_LISTED):
         lines.append("    - fields:")
         lines += [
             f"      - {{family: {'IPv4' if proto == Proto.ICMP else 'IPv6'}, type: {number}}}"
-            for proto, number in types
+            for proto, number in types[at : at + MOST_LISTED]
         ]
     return lines
+
+
+def _runs(seen: Iterable[tuple[int, int]]) -> list[str]:
+    """Ports as YAML flow mappings; neighbours, all of which were seen, as a range."""
+    runs: list[list[int]] = []
+    for proto, port in sorted(seen):
+        if runs and runs[-1][0] == proto and runs[-1][2] == port - 1 and port > 1:
+            runs[-1][2] = port
+        else:
+            runs.append([proto, port, port])
+    return [
+        f'{{port: "{first}", '
+        + (f"endPort: {last}, " if last > first else "")
+        + f"protocol: {proto_name(proto)}}}"
+        for proto, first, last in runs
+    ]
 
 
 def _comment(one: Seen) -> str:

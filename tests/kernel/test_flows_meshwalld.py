@@ -11,8 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from daemon.api.hubblepb import flow_pb2, observer_pb2
 
 pytestmark = pytest.mark.kernel
 
@@ -104,8 +108,8 @@ def namespaces():
 
 
 @pytest.fixture(scope="module")
-def socket(namespaces, tmp_path_factory):
-    """A meshwalld that enforces the policy; its socket."""
+def daemon(namespaces, tmp_path_factory):
+    """A meshwalld that enforces the policy."""
     home = tmp_path_factory.mktemp("meshwalld")
     (home / "policies").mkdir(mode=0o755)
     (home / "policies" / "kubelet.yaml").write_text(POLICY)
@@ -115,17 +119,36 @@ def socket(namespaces, tmp_path_factory):
         "identities_file": str(home / "identities.yaml"),
     }  # fmt: skip
     (home / "meshwall.yaml").write_text(yaml.safe_dump(settings))
-    with (home / "log").open("w") as log:
-        command = inside(NODE, str(BIN / "meshwalld"), "--config", str(home / "meshwall.yaml"))
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        path = home / "run" / "meshwall.sock"
-        try:
-            wait_until_enforcing(path, home / "log")
-            yield path
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(10)
-            subprocess.run(["umount", str(home / "bpf")], check=False, capture_output=True)
+    running = Meshwalld(home)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+        subprocess.run(["umount", str(home / "bpf")], check=False, capture_output=True)
+
+
+class Meshwalld:
+    """The daemon of a home directory."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.socket = home / "run" / "meshwall.sock"
+
+    def start(self) -> None:
+        with (self.home / "log").open("a") as log:
+            command = inside(NODE, str(BIN / "meshwalld"), "--config", str(self.home / "meshwall.yaml"))
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until_enforcing(self.socket, self.home / "log")
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def socket(daemon):
+    return daemon.socket
 
 
 def wait_until_enforcing(path: Path, log: Path) -> None:
@@ -207,3 +230,51 @@ def test_a_drop_says_who_restricts_and_an_allowed_connection_which_line_allows(s
         "FORWARDED",
     )
     assert "policy-verdict INGRESS ALLOWED (TCP Flags: SYN) policy=kubelet rule=ingress[0] " in text
+
+
+async def test_hubble_clients_see_the_drops(daemon):
+    """As hubble CLI does it: status, then flows, over the unix socket."""
+    await asyncio.to_thread(sh, *inside(PEER, sys.executable, "-c", CONNECT, NODE_IP, PEER_IP, "4443"))
+    async with grpc.aio.insecure_channel(f"unix:{daemon.home / 'run' / 'hubble.sock'}") as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, HealthCheckResponse.FromString)
+        request = HealthCheckRequest(service="hubble.server.Observer").SerializeToString()
+        assert (await check(request, timeout=10)).status == HealthCheckResponse.SERVING
+        flows = channel.unary_stream(
+            "/observer.Observer/GetFlows",
+            observer_pb2.GetFlowsRequest.SerializeToString,
+            observer_pb2.GetFlowsResponse.FromString,
+        )
+        wanted = {"verdict": ["DROPPED"], "destination_port": ["4443"]}
+        request = observer_pb2.GetFlowsRequest(number=1, whitelist=[wanted])
+        (one,) = [one async for one in flows(request, timeout=10)]
+    assert (one.flow.IP.source, one.flow.drop_reason_desc) == (PEER_IP, flow_pb2.POLICY_DENIED)
+    assert one.flow.Summary == "TCP Flags: SYN"
+    assert one.node_name == "default/n1"
+
+
+def test_flows_outlive_the_daemon_and_tell_what_other_policies_would_change(daemon):
+    subprocess.run(inside(PEER, sys.executable, "-c", CONNECT, NODE_IP, PEER_IP, "5001"), check=True)
+    time.sleep(2.5)  # the recorder writes every 2 s
+    daemon.stop()
+    daemon.start()
+    assert observed(daemon.socket, "--to-port", "5001", "--from-ip", PEER_IP) == []
+    (old, *_) = observed(daemon.socket, "--since", "1h", "--to-port", "5001", "--from-ip", PEER_IP)
+    assert old["meshwall"]["restricted_by"] == ["kubelet"]
+    opening = daemon.home / "new.yaml"
+    opening.write_text(POLICY.replace('["10.252.0.64/26"]', f'["{PEER_IP}/32"]').replace("10250", "5001"))
+    meshwall = [str(BIN / "meshwall"), "--socket", str(daemon.socket), "policy"]
+    done = subprocess.run(
+        [*meshwall, "replay", str(opening), "-o", "json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    changes = {(one["peer"], one["port"]): one for one in json.loads(done.stdout)["changes"]}
+    assert changes[PEER_IP, "5001/TCP"]["before"] == "deny"
+    assert changes[PEER_IP, "5001/TCP"]["after"] == "allow"
+    assert changes[LISTED_IP, "10250/TCP"]["after"] == "deny"
+    draft = daemon.home / "draft.yaml"
+    draft.write_text(sh(*meshwall, "suggest", "--dropped"))
+    again = subprocess.run(
+        [*meshwall, "replay", str(draft), "-o", "json"], capture_output=True, text=True, check=False
+    )
+    assert again.returncode in (0, 1), again.stderr
+    assert all(one["after"] != "deny" for one in json.loads(again.stdout)["changes"]), again.stdout

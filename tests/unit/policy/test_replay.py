@@ -125,11 +125,21 @@ def test_too_many_single_addresses_on_a_port_become_the_world():
     ]
 
 
+def test_many_ports_are_ranges_and_lists_of_forty():
+    flows = [seen(METRICS, port) for port in (*range(1_000, 1_100), *range(2_000, 2_200, 2))]
+    document = yaml.safe_load(suggest(flows, name="x", node_labels=HOST).text)
+    (rule,) = document["spec"]["ingress"]
+    assert [len(one["ports"]) for one in rule["toPorts"]] == [40, 40, 21]
+    assert rule["toPorts"][0]["ports"][0] == {"port": "1000", "endPort": 1_099, "protocol": "TCP"}
+
+
 def test_what_cannot_be_written_is_said_and_not_guessed():
     draft = suggest(
-        [seen(Peer(Identity(99_999)), 80), seen(METRICS, PORTLESS, proto=47)], name="x", node_labels=HOST
+        [seen(Peer(Identity(99_999)), 80), seen(METRICS, PORTLESS, proto=47), seen(METRICS, 0)],
+        name="x",
+        node_labels=HOST,
     )
-    assert len(draft.omitted) == 2
+    assert len(draft.omitted) == 3
     assert "3 flows of" in draft.omitted[0]
     assert draft.rules == 0
 
@@ -165,7 +175,7 @@ FLOWS = st.builds(
     ),
     PEERS,
     st.sampled_from(list(Proto)),
-    st.sampled_from([0, 8, 22, 53, 128, 443, 10_250, 65_535]),
+    st.one_of(st.sampled_from([0, 1, 2, 8, 22, 53, 443, 65_534, 65_535]), st.integers(1_000, 1_200)),
     st.sampled_from(list(Direction)),
     st.sampled_from(["allow", "audit"]),
 )
@@ -177,9 +187,12 @@ def test_replaying_a_record_through_its_own_draft_drops_nothing(flows):
     flows = [
         one
         for one in flows
-        if one.query.proto not in (1, 58)
-        or one.query.peer.address is None
-        or (one.query.proto == 1) == (one.query.peer.address.family == 4)
+        if (one.query.port or one.query.proto in (1, 58))
+        and (
+            one.query.proto not in (1, 58)
+            or one.query.peer.address is None
+            or (one.query.proto == 1) == (one.query.peer.address.family == 4)
+        )
     ]
     draft = suggest(flows, name="draft", node_labels=HOST)
     if flows:
