@@ -35,6 +35,7 @@ RULE_DEFAULT_DENY_EGRESS = 1
 RULE_DEFAULT_ALLOW = 2
 RULE_FAILSAFE = 3
 RULE_LOCALHOST = 4  # this host may reach its own workloads
+RULE_EXEMPT = 5  # node ports that the settings leave to the policy of what is behind them
 FIRST_RULE = 16
 
 # Entries of ip4_blocks: 256 root blocks by the first two octets, then blocks for the third and the fourth.

@@ -111,6 +111,39 @@ class Etcd(Section):
         return self
 
 
+class NodePorts(Section):
+    """What becomes of ports that the kernel translates to pods (kube-proxy, port mappings of containers)."""
+
+    mode: Literal["enforce", "exempt"] = Field(
+        default="enforce",
+        description="`enforce`: a packet is judged by the port it came to, before translation; `exempt`: ingress "
+        "to the range passes, and is left to policy of the pods behind it",
+    )
+    range: str = Field(
+        default="30000-32767",
+        pattern=r"^[0-9]{1,5}-[0-9]{1,5}$",
+        description="`FIRST-LAST`, as the API server's `--service-node-port-range`; TCP, UDP and SCTP",
+    )
+
+    @property
+    def exempt(self) -> tuple[int, int] | None:
+        """First and last port that no ingress policy closes."""
+        return self.ports if self.mode == "exempt" else None
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """First and last."""
+        first, _, last = self.range.partition("-")
+        return int(first), int(last)
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Self:
+        first, last = self.ports
+        if not 1 <= first <= last <= 65535:
+            raise ValueError(f"range: {self.range}: expected FIRST-LAST within 1-65535")
+        return self
+
+
 class MapSizes(Section):
     """Room in the kernel's tables. A change needs `meshwall cleanup` and a restart, since maps are kept."""
 
@@ -259,6 +292,9 @@ class Config(Section):
     )
     i_can_reach_the_console: bool = Field(
         default=False, description="allows an empty failsafe list, with which a policy can lock you out"
+    )
+    node_ports: NodePorts = Field(
+        default=NodePorts(), description="ports that are translated to pods; see below"
     )
     etcd: Etcd | None = Field(
         default=None, description="the shared store; without it this host knows its own files only"
@@ -572,6 +608,7 @@ def reference() -> str:
         ("failsafe", FailsafeEntry, "Entries of the `failsafe` list. The default list:"),
         ("record", Record, "Keys below `record`. " + (Record.__doc__ or "")),
         ("hubble", Hubble, "Keys below `hubble`."),
+        ("node_ports", NodePorts, "Keys below `node_ports`. " + (NodePorts.__doc__ or "")),
         ("map_sizes", MapSizes, "Keys below `map_sizes`. " + (MapSizes.__doc__ or "")),
     ):
         lines += [f"## {title}", ""]
@@ -591,7 +628,7 @@ def _rows(model: type[BaseModel]) -> Iterator[str]:
 def _default_text(name: str, default: object) -> str:
     if default is PydanticUndefined:
         return "host name" if name == "node_name" else "required"
-    if name in ("failsafe", "record", "hubble", "map_sizes"):
+    if name in ("failsafe", "node_ports", "record", "hubble", "map_sizes"):
         return "below"
     if default is None or default in ((), {}, ""):
         return "-"

@@ -94,6 +94,7 @@ def compile_settings(config: Config) -> CompileSettings:
         default_local_cluster=config.default_local_cluster,
         node_selector_labels=config.node_selector_labels,
         failsafe=failsafes(config),
+        exempt_ports=config.node_ports.exempt,
         audit_policies=frozenset(config.audit_policies),
         reject=config.denied == "reject",
     )

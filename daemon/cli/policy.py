@@ -207,6 +207,12 @@ def _subject(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--family", choices=["dual", "ipv4", "ipv6"], default="dual")
     group.add_argument("--named-port", action="append", default=[], metavar="NAME=PORT/PROTO")
     group.add_argument("--failsafe", action="store_true", help="with the default failsafe list painted over")
+    group.add_argument(
+        "--exempt-node-ports",
+        default="",
+        metavar="FIRST-LAST",
+        help="as with `node_ports.mode: exempt` in the settings",
+    )
 
 
 # Reading
@@ -327,7 +333,17 @@ def settings(options: argparse.Namespace) -> CompileSettings:
         node_selector_labels=not options.no_node_labels,
         named_ports=named,
         failsafe=DEFAULT_FAILSAFE if options.failsafe else (),
+        exempt_ports=_port_range(options.exempt_node_ports),
     )
+
+
+def _port_range(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 65535):
+        raise CannotAnswerError(f"--exempt-node-ports {text}: expected FIRST-LAST within 1-65535")
+    return int(first), int(last)
 
 
 def subject(options: argparse.Namespace) -> Subject:

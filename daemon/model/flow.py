@@ -134,7 +134,13 @@ class Flow(NamedTuple):
 
 
 # Rules without a policy, by the numbers of bpf/layout.py; a test holds them together.
-FIXED_RULES = {0: "default-deny-ingress", 1: "default-deny-egress", 2: "default-allow", 3: "failsafe"}
+FIXED_RULES = {
+    0: "default-deny-ingress",
+    1: "default-deny-egress",
+    2: "default-allow",
+    3: "failsafe",
+    5: "exempt-node-port",
+}
 
 
 def rule_name(number: int, origin: RuleOrigin | None) -> str:

@@ -42,6 +42,7 @@ class FixedRule(IntEnum):
     DEFAULT_DENY_EGRESS = 1
     DEFAULT_ALLOW = 2
     FAILSAFE = 3
+    EXEMPT = 5  # node ports that the settings leave to the policy of what is behind them
     LOCALHOST = 4  # this host may reach its own workloads unless a deny rule says otherwise
 
 

@@ -48,6 +48,8 @@ MAX_LAYER = 256  # changed identities that a table set carries before they are f
 MAX_ATOMS = 50_000  # an index that has heard of more requirements than this is built anew
 _ALLOWED = pack_cell(Verdict.ALLOW, FixedRule.DEFAULT_ALLOW)
 _FAILSAFE = pack_cell(Verdict.ALLOW, FixedRule.FAILSAFE)
+_EXEMPT = pack_cell(Verdict.ALLOW, FixedRule.EXEMPT)
+_NODE_PORT_PROTOCOLS = (Proto.TCP, Proto.UDP, Proto.SCTP)
 _LOCALHOST = pack_cell(Verdict.ALLOW, FixedRule.LOCALHOST)
 _AUTH = pack_cell(Verdict(0), 0, CellFlag.AUTH)
 _HANDSHAKE = ("required", "test-always-fail")
@@ -80,7 +82,8 @@ class CompileSettings:
 
     mode: `default`, `always` or `never`. named_ports: name -> (protocol, port) pairs that it resolves to.
     audit_policies: titles of policies whose denials are reported, not enforced, and whose allows open
-    nothing. reject: denied packets are answered, unless the policy says otherwise.
+    nothing. reject: denied packets are answered, unless the policy says otherwise. exempt_ports: first and last of
+    the node ports that no ingress policy closes.
     """
 
     mode: str = "default"
@@ -91,6 +94,7 @@ class CompileSettings:
     node_selector_labels: bool = True
     named_ports: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     failsafe: tuple[Failsafe, ...] = ()
+    exempt_ports: tuple[int, int] | None = None
     audit_policies: frozenset[str] = frozenset()
     reject: bool = False
     allow_localhost: bool = True  # workloads only
@@ -171,6 +175,14 @@ class Numbered(NamedTuple):
     layer7_columns: Sequence[int]
 
 
+class Fixed(NamedTuple):
+    """Cells that no policy changes: of these peers (None: anybody), in these columns."""
+
+    peers: tuple[int, ...] | None
+    columns: Sequence[int]
+    cell: int
+
+
 class Compiler:
     """A policy set for one subject: everything that does not depend on which identities exist."""
 
@@ -212,18 +224,22 @@ class Compiler:
         enforced, default_deny = enforcement(specs, self.subject, settings.mode)
         kept_enforced, kept_default_deny = enforcement(kept, self.subject, settings.mode)
         columns = ColumnBuilder(settings.named_ports)
-        found, safe = [], []
+        found, exempt = [], []
         if enforced[direction]:
             found = [
                 (FIRST_RULE + at, rule, peers[at], columns.add(rule.ports), columns.add(rule.layer7_ports))
                 for at, rule in enumerate(rules)
                 if rule.direction is direction
             ]
-            safe = [
-                (peers_, columns.add((PortRange(one.proto, one.port, one.port),)))
-                for one, peers_ in zip(settings.failsafe, failsafe, strict=True)
-                if one.direction is direction
-            ]
+            if settings.exempt_ports is not None and direction is Direction.INGRESS:
+                ports = tuple(PortRange(proto, *settings.exempt_ports) for proto in _NODE_PORT_PROTOCOLS)
+                exempt = [(None, columns.add(ports), _EXEMPT)]
+        # also where nothing is enforced: in a panic both directions are, and only these cells pass
+        safe = [
+            (peers_, columns.add((PortRange(one.proto, one.port, one.port),)), _FAILSAFE)
+            for one, peers_ in zip(settings.failsafe, failsafe, strict=True)
+            if one.direction is direction
+        ]
         built = columns.build()
         return _Plan(
             direction,
@@ -235,7 +251,7 @@ class Compiler:
                 Numbered(number, rule, who, columns.of(plain), columns.of(layer7))
                 for number, rule, who, plain, layer7 in found
             ],
-            [(who, columns.of(ports)) for who, ports in safe],
+            [Fixed(who, columns.of(ports), cell) for who, ports, cell in (*exempt, *safe)],
             frozenset(number for number, rule, *_ in found if rule.origin.policy in settings.audit_policies),
             frozenset(self._rejecting),
             self._default_rejects(direction),
@@ -489,21 +505,18 @@ class _Plan(NamedTuple):
     without_audited: tuple[bool, bool]  # enforced, default deny
     columns: Columns
     rules: list[Numbered]
-    failsafe: list[tuple[tuple[int, ...] | None, Sequence[int]]]
+    fixed: list[Fixed]  # later ones are painted over earlier ones
     audited: frozenset[int]
     rejecting: frozenset[int]  # rules whose denials are answered
     default_rejects: bool
 
 
 class _Row(NamedTuple):
-    """What decides the cells of a row: the places of the rules that show in it, and the failsafe entries."""
+    """What decides the cells of a row: the places of the rules that show in it, and of the fixed cells."""
 
     rules: tuple[int, ...]
-    failsafe: tuple[int, ...]
+    fixed: tuple[int, ...]
     localhost: bool
-
-
-_OPEN_ROW = _Row((), (), localhost=False)  # of a direction that is not enforced
 
 
 class _Direction:
@@ -545,8 +558,13 @@ class _Direction:
 
     def row_of(self, signature: Signature, *, localhost: bool = False) -> _Row:
         """Which row a class has; equal for classes that only differ in rules that other rules hide."""
+        fixed = tuple(
+            at
+            for at, one in enumerate(self.plan.fixed)
+            if one.peers is None or not set(one.peers).isdisjoint(signature)
+        )
         if not self.plan.enforced:
-            return _OPEN_ROW
+            return _Row((), fixed, localhost=False)
         places = list(self._anybody)
         by_selector = self._by_selector
         for selector in signature:
@@ -559,12 +577,7 @@ class _Direction:
             elif bits & ~hidden:
                 shown.append(at)
                 hidden |= bits
-        safe = self.plan.failsafe and tuple(
-            at
-            for at, (peers, _) in enumerate(self.plan.failsafe)
-            if peers is None or not set(peers).isdisjoint(signature)
-        )
-        return _Row(tuple(shown), safe or (), localhost)
+        return _Row(tuple(shown), fixed, localhost)
 
     def painted(self, row: _Row) -> tuple[int, ...]:
         """The cells of a row."""
@@ -580,9 +593,9 @@ class _Direction:
         if plan.audited:
             kept = [one for one in rules if one.number not in plan.audited]
             cells = _audit(self._paint(kept, plan.without_audited, row.localhost), cells)
-        for at in row.failsafe:
-            for column in plan.failsafe[at][1]:
-                cells[column] = _FAILSAFE
+        for at in row.fixed:
+            for column in plan.fixed[at].columns:
+                cells[column] = plan.fixed[at].cell
         return tuple(cells)
 
     def _paint(self, found: Sequence[Numbered], state: tuple[bool, bool], localhost: bool) -> list[int]:

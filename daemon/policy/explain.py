@@ -66,6 +66,14 @@ class Miss(NamedTuple):
     distance: int  # how many conditions missed
 
 
+_FIXED_REASONS: dict[FixedRule | None, str] = {
+    FixedRule.FAILSAFE: "allowed by the failsafe list",
+    FixedRule.EXEMPT: "a node port, exempt by the settings",
+    FixedRule.LOCALHOST: "this host may reach its own workloads",
+    FixedRule.DEFAULT_ALLOW: "no rule denies it, and no policy asks for default deny",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """A verdict with its reasons."""
@@ -104,15 +112,7 @@ class Explanation:
             return f"no policy restricts {self.query.direction}"
         if self.rule is not None:
             return f"{'denied' if self.verdict is Verdict.DENY else 'allowed'} by {describe(self.rule)}"
-        match self.fixed:
-            case FixedRule.FAILSAFE:
-                return "allowed by the failsafe list"
-            case FixedRule.LOCALHOST:
-                return "this host may reach its own workloads"
-            case FixedRule.DEFAULT_ALLOW:
-                return "no rule denies it, and no policy asks for default deny"
-            case _:
-                return "default deny: no rule allows it"
+        return _FIXED_REASONS.get(self.fixed, "default deny: no rule allows it")
 
 
 def describe(origin: RuleOrigin) -> str:

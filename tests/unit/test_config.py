@@ -114,3 +114,10 @@ def test_the_reference_page_is_current() -> None:
 
 def test_every_key_is_explained() -> None:
     assert all(field.description for field in Config.model_fields.values())
+
+
+def test_node_ports_are_a_range_that_is_exempt_only_when_asked_for():
+    assert parse(b"", "c", {}).node_ports.exempt is None
+    assert parse(b"node_ports: {mode: exempt}", "c", {}).node_ports.exempt == (30_000, 32_767)
+    with pytest.raises(ConfigError, match="30000-40: expected FIRST-LAST within 1-65535"):
+        parse(b"node_ports: {range: 30000-40}", "c", {})

@@ -52,6 +52,7 @@ def test_the_fixed_rules_are_those_of_the_layout():
         layout.RULE_DEFAULT_DENY_EGRESS: "default-deny-egress",
         layout.RULE_DEFAULT_ALLOW: "default-allow",
         layout.RULE_FAILSAFE: "failsafe",
+        layout.RULE_EXEMPT: "exempt-node-port",
     }
 
 

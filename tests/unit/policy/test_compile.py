@@ -45,7 +45,7 @@ def answer(tables, row, proto, port=PORTLESS, direction=Direction.INGRESS):
     return unpack_cell(tables.matrix(direction).cell(row[direction], proto, port))[:2]
 
 
-def test_the_failsafe_list_is_painted_over_denies_but_only_where_policy_is_enforced():
+def test_the_failsafe_list_is_painted_over_denies():
     safe = (Failsafe(Direction.INGRESS, Proto.TCP, 22), Failsafe(Direction.EGRESS, Proto.UDP, 53))
     deny = {"nodeSelector": {}, "ingressDeny": [{"fromEntities": ["all"]}]}
     tables = compile_policy(policies(deny), {}, HOST, PODS, CompileSettings(failsafe=safe))
@@ -53,7 +53,6 @@ def test_the_failsafe_list_is_painted_over_denies_but_only_where_policy_is_enfor
         assert answer(tables, row, 6, 22) == (Verdict.ALLOW, FixedRule.FAILSAFE)
         assert answer(tables, row, 6, 23) == (Verdict.DENY, FIRST_RULE)
         assert answer(tables, row, 6) == (Verdict.DENY, FIRST_RULE)  # a fragment without its first one
-        assert answer(tables, row, 17, 53, Direction.EGRESS) == (Verdict.ALLOW, FixedRule.DEFAULT_ALLOW)
     assert not tables.egress.enforced
 
 
@@ -65,6 +64,28 @@ def test_a_failsafe_entry_can_be_narrowed_to_sources():
         FixedRule.FAILSAFE,
     )
     assert answer(tables, tables.rows_of_address(parse_prefix("11.1.1.1")), 6, 22)[0] is Verdict.DEFAULT_DENY
+
+
+def test_the_failsafe_list_is_there_where_nothing_is_enforced_for_a_panic_that_enforces_everything():
+    safe = (Failsafe(Direction.INGRESS, Proto.TCP, 22), Failsafe(Direction.EGRESS, Proto.UDP, 53))
+    tables = compile_policy((), {}, HOST, PODS, CompileSettings(failsafe=safe))
+    row = tables.rows_of(POD)
+    assert answer(tables, row, 6, 22) == (Verdict.ALLOW, FixedRule.FAILSAFE)
+    assert answer(tables, row, 6, 23) == (Verdict.ALLOW, FixedRule.DEFAULT_ALLOW)
+    assert answer(tables, row, 17, 53, Direction.EGRESS) == (Verdict.ALLOW, FixedRule.FAILSAFE)
+
+
+def test_exempt_node_ports_pass_whatever_policy_says_and_the_failsafe_list_is_stronger():
+    safe = (Failsafe(Direction.INGRESS, Proto.TCP, 30_000),)
+    settings = CompileSettings(failsafe=safe, exempt_ports=(30_000, 32_767))
+    tables = compile_policy(policies(ingress({}, egress=[{}])), {}, HOST, PODS, settings)
+    row = tables.rows_of(POD)
+    for proto, port in ((6, 30_001), (17, 30_000), (132, 32_767)):
+        assert answer(tables, row, proto, port) == (Verdict.ALLOW, FixedRule.EXEMPT)
+    assert answer(tables, row, 6, 30_000) == (Verdict.ALLOW, FixedRule.FAILSAFE)
+    assert answer(tables, row, 6, 29_999)[0] is Verdict.DEFAULT_DENY
+    assert answer(tables, row, 6, 32_768)[0] is Verdict.DEFAULT_DENY
+    assert answer(tables, row, 6, 30_001, Direction.EGRESS)[0] is Verdict.DEFAULT_DENY
 
 
 def test_without_a_policy_nothing_is_enforced_and_every_cell_allows():
