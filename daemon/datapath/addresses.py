@@ -1,63 +1,54 @@
-"""Addresses: which prefix has which slot, over all address tables, as operations."""
+"""Addresses: which prefix has which slot, over all address tables, as operations. Keys are `compact` prefixes."""
 
-from array import array  # noqa: TC003 - beside its users
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain, repeat
 
-from bpf.layout import (
-    BLOCK_ENTRIES,
-    IP4_KEY,
-    IP6_KEY,
-    NET6_KEY,
-    PEER,
-    PREFIX6_KEY,
-    SLOT_HOST,
-    ConfigFlag,
-    Sizes,
-)
-from daemon.datapath.ip4 import Ip4Blocks, Painted
-from daemon.datapath.ops import Drop, Op, Put, Store, TableFull
-from daemon.model.net import WORLD4, WORLD6, Prefix
+from bpf.layout import NET6_KEY, PEER, PREFIX6_KEY, ConfigFlag, Sizes
+from daemon.datapath.ip4 import Ip4
+from daemon.datapath.ops import Drop, Op, Put, TableFull
+from daemon.model.net import WORLD4, WORLD6, Prefix, compact, expand
 
-BLOCK_BYTES = 4 * BLOCK_ENTRIES
+HOSTS4 = 1 << 32  # smaller compact numbers are IPv4 addresses
+HOSTS6 = range(compact(Prefix(6, 0, 128)), compact(Prefix(6, 0, 127)))  # IPv6 addresses
+WORLDS = frozenset({compact(WORLD4), compact(WORLD6)})
 
 
 class Addresses:
     """The slot of every prefix in the kernel. The two worlds are slots of their own and have no entry."""
 
     def __init__(self, sizes: Sizes) -> None:
-        self.slots: dict[Prefix, int] = {}
         self._sizes = sizes
-        self._blocks = Ip4Blocks(sizes.ip4_blocks)
-        self._hosts4: Counter[int] = Counter()  # root index -> entries in ip4_hosts
-        self._tables: dict[Prefix, str] = {}  # IPv6 prefix shorter than 128 -> the table that holds it
+        self._ip4 = Ip4(sizes.ip4_blocks, sizes.hosts)
+        self._hosts6: dict[int, int] = {}
+        self._wide6: dict[Prefix, int] = {}
+        self._tables: dict[Prefix, str] = {}  # of _wide6 -> the table that holds it
         self._deep: Counter[int] = Counter()  # /64 network -> prefixes of 65 to 127 bits in it
-        self._retired: list[int] = []
-        self._strays: list[
-            Prefix
-        ] = []  # in ip6_nets and in the trie: an earlier process died while it moved them
-        self._count: Counter[str] = Counter()
-        self._pieces: set[Prefix] = (
-            set()
-        )  # IPv4 hosts that are entries of blocks, as an earlier process painted them
+        self._count: Counter[str] = Counter()  # entries of the tables of _wide6
+        self._lengths: Counter[tuple[int, int]] = Counter()  # family, length -> prefixes that are no hosts
+        # in ip6_nets and in the trie: an earlier process died while it moved them
+        self._strays: list[Prefix] = []
 
-    def adopt(self, blocks: "array[int]", tables: Mapping[str, Mapping[Prefix, int]]) -> dict[Prefix, int]:
-        """Take over what an earlier process wrote: the blocks, and by table the entries of hashes and the trie."""
-        self.slots = self._blocks.adopt(blocks)
-        self._pieces = {one for one in self.slots if one.is_host}
-        for table, rows in tables.items():
-            self.slots.update(rows)
+    def adopt(
+        self,
+        blocks: "array[int]",
+        hosts: Mapping[str, Mapping[int, int]],
+        wide: Mapping[str, Mapping[Prefix, int]],
+    ) -> None:
+        """Take over what an earlier process wrote: ip4_blocks, and by table the entries of the others."""
+        self._ip4.adopt(blocks, hosts["ip4_hosts"])
+        self._hosts6 = dict(hosts["ip6_hosts"])
+        for table, rows in wide.items():
+            self._wide6.update(rows)
             self._count[table] = len(rows)
             for one in rows:
-                if table == "ip4_hosts":
-                    self._hosts4[one.address >> 16] += 1
-                    self._pieces.discard(one)
-                elif not one.is_host:
-                    self._tables[one] = table
-                    self._deep[one.address >> 64] += one.length > 64
-        self._strays = [one for one in tables["ip6_nets"] if one in tables["ip6_prefixes"]]
+                self._tables[one] = table
+                self._deep[one.address >> 64] += one.length > 64
+        self._strays = [one for one in wide["ip6_nets"] if one in wide["ip6_prefixes"]]
         self._tables.update(dict.fromkeys(self._strays, "ip6_prefixes"))
-        return dict(self.slots)
+        self._lengths.update((one.family, one.length) for one, _ in self._ip4.prefixes())
+        self._lengths.update((one.family, one.length) for one in self._wide6)
 
     @property
     def flags(self) -> ConfigFlag:
@@ -68,85 +59,118 @@ class Addresses:
     @property
     def used(self) -> dict[str, int]:
         """Entries in use, by map."""
-        return {"ip4_blocks": self._blocks.used} | dict(self._count)
+        blocks, hosts = self._ip4.used
+        return {"ip4_blocks": blocks, "ip4_hosts": hosts, "ip6_hosts": len(self._hosts6)} | dict(self._count)
 
-    def change(self, put: Mapping[Prefix, int], delete: Iterable[Prefix] = ()) -> list[Op]:
+    @property
+    def retired(self) -> int:
+        """Blocks that wait for a grace period."""
+        return self._ip4.retired
+
+    # --- what is there
+
+    def get(self, prefix: Prefix) -> int | None:
+        """The slot that exactly this prefix has."""
+        if prefix.family == 4:
+            return self._ip4.get(prefix)
+        return self._hosts6.get(compact(prefix)) if prefix.is_host else self._wide6.get(prefix)
+
+    def around(self, prefix: Prefix) -> Iterator[tuple[Prefix, int]]:
+        """The prefix and the wider ones with slots of their own, the narrowest first."""
+        for length in range(prefix.length, 0, -1):
+            if length == prefix.length or self._lengths[prefix.family, length]:
+                shift = prefix.width - length
+                wider = Prefix(prefix.family, prefix.address >> shift << shift, length)
+                slot = self.get(wider)
+                if slot is not None:
+                    yield wider, slot
+
+    def slots(self, keys: Collection[int]) -> list[int | None]:
+        """The slot that each of these prefixes has of its own."""
+        if not keys or max(keys) < HOSTS4:
+            return self._ip4.slots(keys)
+        return [self._hosts6.get(key) if key in HOSTS6 else self.get(expand(key)) for key in keys]
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """Every prefix and its slot."""
+        yield from self._ip4.hosts()
+        yield from self._hosts6.items()
+        for rows in (self._ip4.prefixes(), self._wide6.items()):
+            for prefix, slot in rows:
+                yield compact(prefix), slot
+
+    # --- changes
+
+    def change(self, put: Mapping[int, int], delete: Iterable[int] = ()) -> list[Op]:
         """Operations after which `put` has these slots and `delete` falls back to the next wider prefix.
 
-        Raises TableFull or BlocksFull with nothing changed.
+        Every item must be a change. Raises TableFull or BlocksFull with nothing changed.
         """
-        fresh = {
-            one: slot
-            for one, slot in put.items()
-            if self.slots.get(one) != slot and one not in (WORLD4, WORLD6)
-        }
-        gone = [one for one in delete if one in self.slots and one not in put]
-        own = {one for one, slot in fresh.items() if slot == SLOT_HOST and one.width == 32 and one.is_host}
-        self._pieces |= own - self.slots.keys()
-        self._check_room(fresh)
-        painted = self._blocks.change(
-            {one: slot for one, slot in fresh.items() if self._in_blocks(one)}, filter(self._in_blocks, gone)
-        )
-        ops = self._block_ops(painted)
+        hosts4: dict[int, int | None] = {}
+        hosts6: dict[int, int | None] = {}
+        wide4: dict[Prefix, int | None] = {}
+        wide6: dict[Prefix, int | None] = {}
+        for key, slot in chain(put.items(), zip(delete, repeat(None))):
+            if key < HOSTS4:
+                hosts4[key] = slot
+            elif key in HOSTS6:
+                hosts6[key] = slot
+            elif key not in WORLDS:
+                one = expand(key)
+                (wide4 if one.family == 4 else wide6)[one] = slot
+        self._check_room(hosts6, wide6)
+        lengths: Counter[tuple[int, int]] = Counter()
+        for one, slot in wide4.items():
+            lengths[4, one.length] += (slot is not None) - (self._ip4.get(one) is not None)
+        ops = self._ip4.change(wide4, hosts4)
+        self._lengths.update(lengths)
         ops += [Drop("ip6_nets", _key6("ip6_nets", one)) for one in self._strays]
         self._count["ip6_nets"] -= len(self._strays)
         self._strays = []
-        for one, slot in fresh.items():
-            if not self._in_blocks(one):
-                ops += self._put(one, slot)
-                self.slots[one] = slot  # at once: a longer prefix of the same change may move this one
-        for one in gone:
-            if not self._in_blocks(one):
-                ops += self._drop(one)
-        self._pieces.difference_update(gone)
-        ops += self._block_ops(self._blocks.hosts({root for root, count in self._hosts4.items() if count}))
-        self.slots.update(fresh)
-        for one in gone:
-            del self.slots[one]
+        ops += self._change_hosts6(hosts6)
+        for one, slot in wide6.items():
+            if slot is not None:
+                ops += self._put6(one, slot)
+        for one, slot in wide6.items():
+            if slot is None:
+                ops.append(self._drop6(one))
         return ops
-
-    def _in_blocks(self, prefix: Prefix) -> bool:
-        return prefix.family == 4 and (not prefix.is_host or prefix in self._pieces)
 
     def settle(self) -> None:
         """A grace period has passed: what was retired may be used again."""
-        self._blocks.give_back(self._retired)
-        self._retired = []
+        self._ip4.settle()
 
-    def _check_room(self, fresh: Mapping[Prefix, int]) -> None:
-        new = [one for one in fresh if one not in self.slots]
-        hosts4 = sum(1 for one in new if one.family == 4 and not self._in_blocks(one))
-        hosts6 = sum(1 for one in new if one.family == 6 and one.is_host)
-        other6 = sum(1 for one in new if one.family == 6 and not one.is_host)
-        for table, needed, size in (
-            ("ip4_hosts", hosts4, self._sizes.hosts),
-            ("ip6_hosts", hosts6, self._sizes.hosts),
-            ("ip6_prefixes", other6, self._sizes.prefixes6),
-        ):
-            free = size - self._count[table] - (self._count["ip6_nets"] if table == "ip6_prefixes" else 0)
-            if needed > free:
-                raise TableFull(table, needed, free)
+    def _check_room(self, hosts: Mapping[int, int | None], wide: Mapping[Prefix, int | None]) -> None:
+        new = sum(slot is not None and one not in self._hosts6 for one, slot in hosts.items())
+        free = self._sizes.hosts - len(self._hosts6)
+        if new > free:
+            raise TableFull("ip6_hosts", new, free)
+        new = sum(slot is not None and one not in self._wide6 for one, slot in wide.items())
+        free = self._sizes.prefixes6 - self._count["ip6_prefixes"] - self._count["ip6_nets"]
+        if new > free:
+            raise TableFull("ip6_prefixes", new, free)
 
-    def _block_ops(self, painted: Painted) -> list[Op]:
-        self._retired += painted.retired
-        ops: list[Op] = [Store("ip4_blocks", block * BLOCK_BYTES, data) for block, data in painted.blocks]
-        ops += [Store("ip4_blocks", 4 * root, entry.to_bytes(4, "little")) for root, entry in painted.roots]
-        return ops
-
-    def _put(self, prefix: Prefix, slot: int) -> list[Op]:
-        value = PEER.pack(slot=slot)
-        if prefix.family == 4:
-            if prefix not in self.slots:
-                self._hosts4[prefix.address >> 16] += 1
-                self._count["ip4_hosts"] += 1
-            return [Put("ip4_hosts", IP4_KEY.pack(address_be=prefix.packed), value)]
-        if prefix.is_host:
-            self._count["ip6_hosts"] += prefix not in self.slots
-            return [Put("ip6_hosts", IP6_KEY.pack(address=prefix.packed), value)]
+    def _change_hosts6(self, hosts: Mapping[int, int | None]) -> list[Op]:
+        put = {key: slot for key, slot in hosts.items() if slot is not None}
+        gone = [key for key, slot in hosts.items() if slot is None]
+        self._hosts6.update(put)
+        for key in gone:
+            del self._hosts6[key]
         ops: list[Op] = []
-        if prefix.length > 64 and prefix not in self.slots:
-            ops += self._deepen(prefix.address >> 64)
-        return ops + self._put_wide6(prefix, value)
+        if put:
+            values = array("I", bytes(PEER.size * len(put)))
+            values[::2] = array("I", put.values())  # struct peer: slot, flags
+            ops.append(Put("ip6_hosts", _keys6(put), values.tobytes()))
+        return [*ops, Drop("ip6_hosts", _keys6(gone))] if gone else ops
+
+    def _put6(self, prefix: Prefix, slot: int) -> list[Op]:
+        ops: list[Op] = []
+        if prefix not in self._wide6:
+            self._lengths[6, prefix.length] += 1
+            if prefix.length > 64:
+                ops = self._deepen(prefix.address >> 64)
+        self._wide6[prefix] = slot
+        return [*ops, self._put_wide6(prefix, slot)]
 
     def _deepen(self, network: int) -> list[Op]:
         """The first prefix longer than /64 in a /64: that /64 must not answer before the trie."""
@@ -154,31 +178,32 @@ class Addresses:
         around = Prefix(6, network << 64, 64)
         if self._tables.get(around) != "ip6_nets":
             return []
-        moved = self._put_wide6(around, PEER.pack(slot=self.slots[around]))
+        moved = self._put_wide6(around, self._wide6[around])
         self._count["ip6_nets"] -= 1
-        return [*moved, Drop("ip6_nets", NET6_KEY.pack(network=around.packed[:8]))]
+        return [moved, Drop("ip6_nets", _key6("ip6_nets", around))]
 
-    def _put_wide6(self, prefix: Prefix, value: bytes) -> list[Op]:
+    def _put_wide6(self, prefix: Prefix, slot: int) -> Op:
         plain = prefix.length == 64 and not self._deep[prefix.address >> 64]
         table = "ip6_nets" if plain and self._tables.get(prefix) != "ip6_prefixes" else "ip6_prefixes"
         if self._tables.get(prefix) != table:
             self._tables[prefix] = table
             self._count[table] += 1
-        return [Put(table, _key6(table, prefix), value)]
+        return Put(table, _key6(table, prefix), PEER.pack(slot=slot))
 
-    def _drop(self, prefix: Prefix) -> list[Op]:
-        if prefix.family == 4:
-            self._hosts4[prefix.address >> 16] -= 1
-            self._count["ip4_hosts"] -= 1
-            return [Drop("ip4_hosts", IP4_KEY.pack(address_be=prefix.packed))]
-        if prefix.is_host:
-            self._count["ip6_hosts"] -= 1
-            return [Drop("ip6_hosts", IP6_KEY.pack(address=prefix.packed))]
+    def _drop6(self, prefix: Prefix) -> Op:
         if prefix.length > 64:
             self._deep[prefix.address >> 64] -= 1
+        del self._wide6[prefix]
+        self._lengths[6, prefix.length] -= 1
         table = self._tables.pop(prefix)
         self._count[table] -= 1
-        return [Drop(table, _key6(table, prefix))]
+        return Drop(table, _key6(table, prefix))
+
+
+def _keys6(hosts: Iterable[int]) -> bytes:
+    """Keys of ip6_hosts, joined."""
+    first = HOSTS6.start
+    return b"".join([(key - first).to_bytes(16, "big") for key in hosts])
 
 
 def _key6(table: str, prefix: Prefix) -> bytes:

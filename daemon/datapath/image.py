@@ -16,9 +16,8 @@ address that comes or goes is a few stores.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from bpf.layout import (
     CONFIG,
@@ -35,20 +34,21 @@ from bpf.layout import (
     ConfigFlag,
     Sizes,
 )
-from daemon.datapath.addresses import Addresses
-from daemon.datapath.ops import Grace, Op, Store, TableFull
+from daemon.datapath.addresses import WORLDS, Addresses
+from daemon.datapath.ip4 import BlocksFull
+from daemon.datapath.ops import Grace, Op, Order, Store, TableFull
 from daemon.datapath.render import CellImage, cell_image, cells_needed, port_columns
 from daemon.model.identity import LOCAL_SCOPE, Identity, Reserved
-from daemon.model.net import WORLD4, WORLD6, Prefix
+from daemon.model.net import WORLD4, WORLD6, Prefix, compact, expand
 from daemon.model.rule import RuleOrigin
 from daemon.policy.tables import PolicyTables, Rows
 
-T = TypeVar("T")
 CONFIG_AT = CONFIG.offsets()
 NO_FLAGS = ConfigFlag(0)
 INFO_GROUP = 1  # slot_info.flags: the slot stands for prefixes that policy names, not for an identity
-_WORLD_SLOTS = {WORLD4: SLOT_WORLD4, WORLD6: SLOT_WORLD6}
+_WORLD_SLOTS = {4: SLOT_WORLD4, 6: SLOT_WORLD6}
 _FIXED = {Identity(Reserved.HOST): SLOT_HOST}
+MANY = 64  # slots or blocks that wait for a grace period until one is worth its time
 
 
 @dataclass(slots=True)
@@ -59,6 +59,15 @@ class Slots:
     _next: int = FIRST_FREE_SLOT
     _free: list[int] = field(default_factory=list)
     _leaving: list[int] = field(default_factory=list)
+
+    @property
+    def leaving(self) -> int:
+        """Slots that wait for a grace period."""
+        return len(self._leaving)
+
+    def copy(self) -> "Slots":
+        """The same numbers, for a change that may turn out not to fit."""
+        return Slots(self.size, self._next, list(self._free), list(self._leaving))
 
     def take(self) -> int:
         """A slot that no packet can be using."""
@@ -99,12 +108,13 @@ class Image:
         self.flags = ConfigFlag(0)  # that the operator chose
         self.tables: PolicyTables | None = None
         self.numbers: dict[tuple[object, ...], int] = {}  # RuleOrigin.key -> kernel rule number
-        self.managed: dict[Prefix, Identity | None] = {}  # None: a conflict, treated as unknown
         self.addresses = Addresses(sizes)
         self._named: dict[Prefix, int] = {}
         self._slots = Slots(sizes.slots)
         self._slot_of: dict[Identity, int] = {}
-        self._references: Counter[Identity] = Counter()
+        # Slots of owned prefixes; None: a conflict, treated as unknown. All other slots are groups of the policy.
+        self._owner_of: dict[int, Identity | None] = {SLOT_HOST: Identity(Reserved.HOST), SLOT_UNKNOWN: None}
+        self._references: Counter[int] = Counter()  # slot of an identity -> prefixes
         self._rows: dict[int, tuple[int, int]] = {}  # slot -> cell indexes in the active generation
         self._region = (0, 0)  # cells of the active generation
         self._offsets: tuple[list[int], list[int]] = ([], [])
@@ -131,6 +141,22 @@ class Image:
 
     def switch(self, tables: PolicyTables) -> list[Op]:
         """From the active policy to `tables`, in one flip. Raises TableFull or BlocksFull with nothing changed."""
+        try:
+            return self._switch(tables, [])
+        except (TableFull, BlocksFull):
+            if not self._waiting:
+                raise
+            return self._switch(tables, self._settled_first(1))
+
+    def _switch(self, tables: PolicyTables, ops: list[Op]) -> list[Op]:
+        slots = self._slots.copy()
+        try:
+            return [*ops, *self._planned(tables)]
+        except (TableFull, BlocksFull):
+            self._slots = slots
+            raise
+
+    def _planned(self, tables: PolicyTables) -> list[Op]:
         buffer = self.generation + 1 & 1
         numbers = self._number(tables.rules)
         image = self._cells(tables, {rule: numbers[origin.key] for rule, origin in tables.rules.items()})
@@ -143,10 +169,11 @@ class Image:
             self._class_op(1 - buffer, slot, self._rows.get(old, (0, 0))) for slot, old in pairs.fresh.items()
         ]
         ops += [self._info_op(slot, LOCAL_SCOPE | slot, INFO_GROUP) for slot in pairs.fresh]
+        ops.append(Order())
         ops += self._address_ops(pairs.slots, ())
         ops.append(_config_op(f"buffer_flags{buffer}", _enforcement(tables)))
         self.generation += 1
-        ops += [_config_op("generation", self.generation), Grace()]
+        ops += [Order(), _config_op("generation", self.generation), Grace()]
         self.tables, self.numbers, self._rows = tables, numbers, rows
         self._region, self._offsets = (image.base, image.end), (list(image.ingress), list(image.egress))
         self._enforced = (tables.ingress.enforced, tables.egress.enforced)
@@ -183,18 +210,17 @@ class Image:
         A target is a group of the new policy, or the rows of the identity that owns the prefix around: a policy may
         name a part of an owned prefix, and stop to.
         """
-        owners = {
-            one: tables.unknown if who is None else tables.rows_of(who) for one, who in self.managed.items()
-        }
-        now = _Longest({**_WORLD_SLOTS, **self._named, **self.addresses.slots})
-        then: _Longest[int | Rows] = _Longest({**tables.prefixes, **owners})
         found = _Pairs({}, {}, {})
         taken: dict[tuple[int, int, int | Rows], int] = {}
-        heirs = {SLOT_HOST, SLOT_UNKNOWN, *self._slot_of.values()}  # a slot of an identity stays that
+        lengths = {
+            family: sorted({one.length for one in tables.prefixes if one.family == family}, reverse=True)
+            for family in (4, 6)
+        }
+        heirs = set(self._owner_of)  # a slot of an identity stays that
         for prefix in sorted({*self._named, *tables.prefixes, WORLD4, WORLD6}, key=lambda one: one.length):
-            old = now.of(prefix)
+            old = self._slot_now(prefix)
             named = tables.prefixes.get(prefix)
-            target = then.of(prefix) if named is None else named
+            target = self._target(prefix, tables, lengths[prefix.family]) if named is None else named
             key = (prefix.family, old, target)
             slot = taken.get(key)
             if slot is None:
@@ -209,6 +235,23 @@ class Image:
             found.slots[prefix] = slot
         return found
 
+    def _slot_now(self, prefix: Prefix) -> int:
+        return next((slot for _, slot in self.addresses.around(prefix)), _WORLD_SLOTS[prefix.family])
+
+    def _target(self, prefix: Prefix, tables: PolicyTables, lengths: Iterable[int]) -> "int | Rows":
+        """What a prefix that the new policy does not name will be a part of. lengths: of its prefixes, descending."""
+        owner = next((one for one in self.addresses.around(prefix) if one[1] in self._owner_of), None)
+        for length in lengths:
+            shift = prefix.width - length
+            if owner is not None and length <= owner[0].length:
+                break
+            wider = Prefix(prefix.family, prefix.address >> shift << shift, length)
+            if length < prefix.length and wider in tables.prefixes:
+                return tables.prefixes[wider]
+        assert owner is not None  # noqa: S101 - a policy names both worlds
+        who = self._owner_of[owner[1]]
+        return tables.unknown if who is None else tables.rows_of(who)
+
     def _all_rows(
         self, tables: PolicyTables, target_of: Mapping[int, "int | Rows"], image: CellImage
     ) -> dict[int, tuple[int, int]]:
@@ -219,9 +262,8 @@ class Image:
             slot: at(target if isinstance(target, tuple) else tables.groups[target])
             for slot, target in target_of.items()
         }
-        found |= {slot: at(tables.rows_of(identity)) for identity, slot in self._slot_of.items()}
-        found[SLOT_HOST] = at(tables.rows_of(Identity(Reserved.HOST)))
-        found[SLOT_UNKNOWN] = at(tables.unknown)
+        for slot, identity in self._owner_of.items():
+            found[slot] = at(tables.unknown if identity is None else tables.rows_of(identity))
         return found
 
     def _cells(self, tables: PolicyTables, numbers: Mapping[int, int]) -> CellImage:
@@ -271,7 +313,7 @@ class Image:
         if cells_needed(tables.ingress, tables.egress, skip) > self.sizes.cells - end:
             return None
         image = cell_image(tables.ingress, tables.egress, numbers, end, skip)
-        ops: list[Op] = [Store("cells", 4 * end, image.cells)] if image.cells else []
+        ops: list[Op] = [Store("cells", 4 * end, image.cells), Order()] if image.cells else []
         self._region = (first, image.end)
         self._offsets[0].extend(image.ingress)
         self._offsets[1].extend(image.egress)
@@ -282,51 +324,127 @@ class Image:
                 ops += self._row_ops(slot, tables.rows_of(identity))
         return ops
 
-    def claim(self, put: Mapping[Prefix, Identity | None], delete: Iterable[Prefix]) -> list[Op]:
-        """Addresses that belong to an identity (None: claimed by two), and addresses that nobody owns any more."""
-        fresh = {one: who for one, who in put.items() if one not in self.managed or self.managed[one] != who}
-        gone = [one for one in delete if one in self.managed and one not in put]
-        ops: list[Op] = []
-        targets: dict[Prefix, int] = {}
-        for prefix, identity in fresh.items():
-            slot, first = self._slot_for(identity)
-            ops += first
-            targets[prefix] = slot
-        fall = {one: self._named[one] for one in gone if one in self._named}
-        ops += self._flagged(self.addresses.change(targets | fall, [one for one in gone if one not in fall]))
-        left = [self.managed.pop(one) for one in gone] + [
-            self.managed[one] for one in fresh if one in self.managed
-        ]
-        self.managed.update(fresh)
-        self._references.update(one for one in fresh.values() if one is not None)
-        self._release(left)
-        return self._settled(ops) if left else ops
+    def claim(self, put: Mapping[int, Identity | None], delete: Iterable[int]) -> list[Op]:
+        """Prefixes (as `compact` numbers) that belong to an identity (None: claimed by two), and those of nobody now.
 
-    def _release(self, identities: Iterable[Identity | None]) -> None:
+        Raises TableFull or BlocksFull with nothing changed.
+        """
+        gone = [one for one in delete if one not in put]
+        try:
+            return self._claim(put, gone, self._settled_first(MANY))
+        except (TableFull, BlocksFull):
+            if not self._waiting:
+                raise
+            return self._claim(put, gone, self._settled_first(1))
+
+    def _claim(self, put: Mapping[int, Identity | None], delete: Collection[int], ops: list[Op]) -> list[Op]:
+        slots, created = self._slots_for(set(put.values()))
+        for slot in created:
+            ops += self._first_ops(slot)
+        if created:
+            ops.append(Order())
+        fresh, left = self._moved(put, slots)
+        come = Counter(fresh.values())
+        gone = self._fallen(delete, fresh, left)
+        try:
+            ops += self._flagged(self.addresses.change(fresh, gone))
+        except (TableFull, BlocksFull):
+            for slot in created:
+                self._release(slot)
+            raise
+        self._references.update(come)
+        for slot, count in left.items():
+            self._references[slot] -= count
+            if not self._references[slot] and slot in self._owner_of and slot >= FIRST_FREE_SLOT:
+                self._release(slot)
+        return ops
+
+    def _moved(
+        self, put: Mapping[int, Identity | None], slots: Mapping[Identity | None, int]
+    ) -> tuple[dict[int, int], Counter[int]]:
+        """Prefixes that get another slot; and how many leave each slot."""
+        fresh: dict[int, int] = {}
+        left: Counter[int] = Counter()
+        for key, identity, before in zip(put, put.values(), self.addresses.slots(put.keys()), strict=True):
+            slot = slots[identity]
+            if slot != before:
+                fresh[key] = slot
+                if before is not None:
+                    left[before] += 1
+        for world in WORLDS & fresh.keys():
+            del fresh[world]
+        return fresh, left
+
+    def _fallen(self, delete: Collection[int], fresh: dict[int, int], left: Counter[int]) -> list[int]:
+        """Prefixes that go; those that policy names stay, in `fresh`, with the slot that it wants."""
+        gone = []
+        for key, before in zip(delete, self.addresses.slots(delete), strict=True):
+            if before in self._owner_of:
+                left[before] += 1
+                named = self._named.get(expand(key)) if self._named else None
+                if named is None:
+                    gone.append(key)
+                else:
+                    fresh[key] = named
+        return gone
+
+    def _slots_for(
+        self, identities: Iterable[Identity | None]
+    ) -> tuple[dict[Identity | None, int], list[int]]:
+        """The slot of each identity, and those of them that are new."""
+        found: dict[Identity | None, int] = {}
+        created: list[int] = []
         for identity in identities:
-            if identity is None:
-                continue
-            self._references[identity] -= 1
-            if not self._references[identity]:
-                del self._references[identity]
-                slot = self._slot_of.pop(identity, None)
-                if slot is not None:
-                    self._slots.leave(slot)
-                    self._rows.pop(slot, None)
+            slot = SLOT_UNKNOWN if identity is None else self._slot_of.get(identity, _FIXED.get(identity))
+            if slot is None and identity is not None:
+                try:
+                    slot = self._slots.take()
+                except TableFull:
+                    for one in created:
+                        self._release(one)
+                    raise
+                self._slot_of[identity] = slot
+                self._owner_of[slot] = identity
+                created.append(slot)
+            assert slot is not None  # noqa: S101 - taken above
+            found[identity] = slot
+        return found, created
 
-    def _slot_for(self, identity: Identity | None) -> tuple[int, list[Op]]:
-        if identity is None:
-            return SLOT_UNKNOWN, []
-        slot = self._slot_of.get(identity, _FIXED.get(identity))
-        if slot is not None:
-            return slot, []
-        slot = self._slot_of[identity] = self._slots.take()
+    def _release(self, slot: int) -> None:
+        identity = self._owner_of.pop(slot)
+        if identity is not None and self._slot_of.get(identity) == slot:
+            del self._slot_of[identity]
+        self._references.pop(slot, None)
+        self._rows.pop(slot, None)
+        self._slots.leave(slot)
+
+    @property
+    def _waiting(self) -> int:
+        """Slots and blocks that a grace period would make free."""
+        return self._slots.leaving + self.addresses.retired
+
+    def _settled_first(self, enough: int) -> list[Op]:
+        """A grace period before a change, when enough waits for one."""
+        if self._waiting < enough:
+            return []
+        self._slots.settle()
+        self.addresses.settle()
+        return [Grace()]
+
+    def owned(self) -> Iterator[int]:
+        """The prefixes that an identity has, or two claim, as `compact` numbers."""
+        return (key for key, slot in self.addresses.items() if slot in self._owner_of)
+
+    def _first_ops(self, slot: int) -> list[Op]:
+        """Who a new slot is, and its rows."""
+        identity = self._owner_of[slot]
+        assert identity is not None  # noqa: S101 - the slot of conflicts is not new
         ops: list[Op] = [self._info_op(slot, identity, 0)]
         if self.tables is not None:
-            return slot, ops + self._row_ops(slot, self.tables.rows_of(identity))
+            return ops + self._row_ops(slot, self.tables.rows_of(identity))
         # Between a restart and the first switch: as strict as an address that nobody knows.
         self._rows[slot] = self._rows.get(SLOT_UNKNOWN, (0, 0))
-        return slot, [*ops, self._class_op(self.generation & 1, slot, self._rows[slot])]
+        return [*ops, self._class_op(self.generation & 1, slot, self._rows[slot])]
 
     def _row_ops(self, slot: int, rows: Rows) -> list[Op]:
         at = self._offsets[0][rows.ingress], self._offsets[1][rows.egress]
@@ -336,8 +454,19 @@ class Image:
         return [self._class_op(self.generation & 1, slot, at)]
 
     def _address_ops(self, named: Mapping[Prefix, int], dropped: Iterable[Prefix]) -> list[Op]:
-        put = {one: slot for one, slot in named.items() if one not in self.managed}
-        return self._flagged(self.addresses.change(put, [one for one in dropped if one not in self.managed]))
+        """Slots of prefixes that policy names, where nobody owns them."""
+        get, owned = self.addresses.get, self._owner_of
+        put = {}
+        for one, slot in named.items():
+            before = get(one)
+            if before != slot and before not in owned:
+                put[compact(one)] = slot
+        gone = []
+        for one in dropped:
+            before = get(one)
+            if before is not None and before not in owned:
+                gone.append(compact(one))
+        return self._flagged(self.addresses.change(put, gone))
 
     def _flagged(self, ops: list[Op]) -> list[Op]:
         """A table is asked from before its first entry is put until after its last one is dropped."""
@@ -373,20 +502,17 @@ class Image:
         self._rows = dict(left.rows)
         self._region = left.region
         self.numbers = {("left", number): number for number in left.rules}
-        addresses = self.addresses.adopt(left.blocks, left.entries)
-        self._slots.reserve(addresses.values())
+        self.addresses.adopt(left.blocks, left.hosts, left.wide)
         for slot, identity in left.identities.items():
             self._slot_of.setdefault(identity, slot)
-        for prefix, slot in addresses.items():
-            if slot == SLOT_UNKNOWN:
-                self.managed[prefix] = None
-            elif slot == SLOT_HOST:
-                self.managed[prefix] = Identity(Reserved.HOST)
-            elif slot in left.identities:
-                self.managed[prefix] = left.identities[slot]
-            else:
-                self._named[prefix] = slot
-        self._references.update(one for one in self.managed.values() if one is not None)
+            self._owner_of[slot] = identity
+        used: Counter[int] = Counter()
+        for key, slot in self.addresses.items():
+            used[slot] += 1
+            if slot not in self._owner_of:
+                self._named[expand(key)] = slot
+        self._slots.reserve(used)
+        self._references = Counter({slot: used[slot] for slot in self._owner_of})
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +523,8 @@ class Leftover:
     flags: ConfigFlag
     enforced: tuple[bool, bool]
     blocks: "array[int]"  # all of ip4_blocks
-    entries: Mapping[str, Mapping[Prefix, int]]  # hash or trie -> prefix -> slot
+    hosts: Mapping[str, Mapping[int, int]]  # ip4_hosts, ip6_hosts -> prefix as `compact` number -> slot
+    wide: Mapping[str, Mapping[Prefix, int]]  # ip6_nets, ip6_prefixes -> prefix -> slot
     identities: Mapping[int, Identity]
     rows: Mapping[int, tuple[int, int]]
     region: tuple[int, int]
@@ -409,30 +536,6 @@ class _Pairs:
     slots: dict[Prefix, int]  # prefix -> its slot during the switch
     fresh: dict[int, int]  # new slot -> the slot whose old verdicts it keeps
     target_of: dict[int, int | Rows]  # slot -> group of the new policy, or rows of an owner
-
-
-class _Longest(Generic[T]):
-    """Longest match over a mapping, for prefixes that are mostly in it."""
-
-    def __init__(self, known: Mapping[Prefix, T]) -> None:
-        self._known = known
-        self._lengths = {
-            family: sorted({one.length for one in known if one.family == family}, reverse=True)
-            for family in (4, 6)
-        }
-
-    def of(self, prefix: Prefix) -> T:
-        """What the prefix itself or the narrowest one around it maps to."""
-        found = self._known.get(prefix)
-        if found is not None:
-            return found
-        for length in self._lengths[prefix.family]:
-            if length < prefix.length:
-                shift = prefix.width - length
-                found = self._known.get(Prefix(prefix.family, prefix.address >> shift << shift, length))
-                if found is not None:
-                    return found
-        raise KeyError(prefix)
 
 
 def _extends(before: PolicyTables, after: PolicyTables) -> bool:

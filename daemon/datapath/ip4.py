@@ -1,233 +1,626 @@
-"""IPv4 prefixes as 8-bit stride blocks: which stores bring ip4_blocks from one set of prefixes to another.
+"""IPv4: what ip4_blocks (blocks of an octet each) and ip4_hosts hold, and the operations to the next content.
 
-A root entry and everything below it is painted anew when a prefix in its /16 changes: fresh child blocks are filled
-first, one store of the root entry publishes them, and the old blocks are free after a grace period. So a reader sees
-the old or the new content of a /16, never a mix.
+A host is an entry of the hash until its /24 has many of them; then the /24 gets a block of its own, in which a host
+that comes or goes is one aligned store. Four dependent loads find it there; the hash costs some cache misses more.
+
+Each address has its old slot or its new one at every moment: blocks are filled before one store publishes them and free
+again only after a grace period; a host that moves to a block leaves the hash after the block is published, one that
+moves to the hash is there a grace period before its block goes. The hash is asked first, and only under roots whose
+entry says so.
 """
 
+import mmap
+import struct
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from bpf.layout import BLOCK_ENTRIES, BLOCK_ROOTS, ENTRY_HOSTS, ENTRY_MASK, ENTRY_POINTER, SLOT_WORLD4
+from bpf.layout import (
+    BLOCK_ENTRIES,
+    BLOCK_ROOTS,
+    ENTRY_HOSTS,
+    ENTRY_MASK,
+    ENTRY_POINTER,
+    PEER,
+    SLOT_HOST,
+    SLOT_WORLD4,
+)
+from daemon.datapath.ops import Drop, Grace, Op, Order, Put, Store, TableFull
 from daemon.model.net import Prefix
 
 ROOTS = BLOCK_ROOTS * BLOCK_ENTRIES
+NETWORKS = 1 << 24  # /24s
+BLOCK_BYTES = 4 * BLOCK_ENTRIES
+DENSE = (
+    12  # hosts that make a /24 a block: an entry of the hash costs the kernel some 90 bytes, a block 1,024
+)
+SPARSE = 6  # with fewer it goes back to the hash
+OWN = ENTRY_HOSTS  # in entries of the fourth octet, where the data path ignores it: the slot is of that host alone
 
 
 class BlocksFull(Exception):  # noqa: N818 - read as a fact
     """The prefixes need more blocks than the map has."""
 
 
+class _Block(NamedTuple):
+    number: int
+    entries: "array[int]"
+
+
 @dataclass(slots=True)
-class Painted:
-    """Stores in order: whole child blocks that nobody points to yet, then root entries (index, value)."""
+class _Wide:
+    """Slots of prefixes that are no hosts, by how deep they reach; what a change does not touch is shared."""
 
-    blocks: list[tuple[int, bytes]] = field(default_factory=list)
-    roots: list[tuple[int, int]] = field(default_factory=list)
-    retired: list[int] = field(default_factory=list)  # block numbers that are free after a grace period
+    short: dict[Prefix, int] = field(default_factory=dict)  # 1 to 16 bits
+    middle: dict[int, dict[Prefix, int]] = field(default_factory=dict)  # root index -> 17 to 24 bits
+    deep: dict[int, dict[Prefix, int]] = field(default_factory=dict)  # /24 -> 25 to 31 bits
+    bases: "array[int]" = field(default_factory=lambda: array("I", [SLOT_WORLD4]) * ROOTS)
 
+    def get(self, prefix: Prefix) -> int | None:
+        """The slot of exactly this prefix."""
+        if prefix.length <= 16:
+            return self.short.get(prefix)
+        inner = (
+            self.middle.get(prefix.address >> 16)
+            if prefix.length <= 24
+            else self.deep.get(prefix.address >> 8)
+        )
+        return inner.get(prefix) if inner else None
 
-class Ip4Blocks:
-    """What ip4_blocks holds. `change` plans stores; the caller makes them and gives retired blocks back."""
-
-    def __init__(self, blocks: int) -> None:
-        self._capacity = blocks
-        self._free = list(range(blocks - 1, BLOCK_ROOTS - 1, -1))
-        self._roots = array("I", bytes(4 * ROOTS))
-        self._short: dict[Prefix, int] = {}  # length 1..16 -> slot
-        self._long: dict[int, dict[Prefix, int]] = {}  # root index -> prefixes longer than 16
-        self._owned: dict[int, list[int]] = {}  # root index -> its child blocks
-        self._hosts: set[int] = set()  # root indexes with entries in ip4_hosts
-
-    @property
-    def used(self) -> int:
-        """Blocks in use, the roots included."""
-        return self._capacity - len(self._free)
-
-    def adopt(self, entries: "array[int]") -> dict[Prefix, int]:
-        """Take over a filled map: its blocks, and its content as prefixes of 16, 24 and 32 bits."""
-        self._roots = entries[:ROOTS]
-        self._hosts = {root for root in range(ROOTS) if self._roots[root] & ENTRY_HOSTS}
-        found = read_back(entries)
-        self._short = {prefix: slot for prefix, slot in found.items() if prefix.length == 16}
-        for prefix, slot in found.items():
-            if prefix.length > 16:
-                self._long.setdefault(prefix.address >> 16, {})[prefix] = slot
-        self._owned = {}
-        for root in range(ROOTS):
-            if self._roots[root] & ENTRY_POINTER:
-                self._owned[root] = list(_blocks_below(self._roots[root], entries))
-        busy = {block for owned in self._owned.values() for block in owned}
-        self._free = [block for block in range(self._capacity - 1, BLOCK_ROOTS - 1, -1) if block not in busy]
-        return found
-
-    def change(self, put: Mapping[Prefix, int], delete: Iterable[Prefix]) -> Painted:
-        """Prefixes come, move and go; hosts only if `adopt` found them. Raises BlocksFull with nothing changed."""
-        short, dirty = dict(self._short), set[int]()
-        long: dict[int, dict[Prefix, int]] = {}
-        for prefix in delete:
-            self._touch(prefix, None, short, long, dirty)
-        for prefix, slot in put.items():
-            self._touch(prefix, slot, short, long, dirty)
-        base = _paint_roots(short) if short != self._short else None
-        if base is not None:
-            dirty |= self._differing(base)
-        return self._repaint(dirty, short, long, base)
-
-    def hosts(self, roots: set[int]) -> Painted:
-        """The /16s with entries in ip4_hosts are now `roots`; only the flag of the entries changes."""
-        painted = Painted()
-        for root in roots ^ self._hosts:
-            entry = self._roots[root] ^ ENTRY_HOSTS
-            self._roots[root] = entry
-            painted.roots.append((root, entry))
-        self._hosts = set(roots)
-        return painted
-
-    def give_back(self, blocks: Iterable[int]) -> None:
-        """Blocks that no packet can be reading any more."""
-        self._free.extend(blocks)
-
-    def prefixes(self) -> Iterator[tuple[Prefix, int]]:
+    def items(self) -> Iterator[tuple[Prefix, int]]:
         """Every prefix and its slot."""
-        yield from self._short.items()
-        for inner in self._long.values():
+        yield from self.short.items()
+        for inner in (*self.middle.values(), *self.deep.values()):
             yield from inner.items()
 
-    def _touch(
-        self,
-        prefix: Prefix,
-        slot: int | None,
-        short: dict[Prefix, int],
-        long: dict[int, dict[Prefix, int]],
-        dirty: set[int],
-    ) -> None:
-        if prefix.length <= 16:
-            inner = short
-        else:
-            root = prefix.address >> 16
-            dirty.add(root)
-            inner = long.setdefault(root, dict(self._long.get(root, {})))
-        if slot is None:
-            inner.pop(prefix, None)
-        else:
-            inner[prefix] = slot
+    def octets(self, root: int) -> list[int]:
+        """The slot of each /24 of a root, but for longer prefixes."""
+        slots = [self.bases[root]] * BLOCK_ENTRIES
+        for prefix, slot in _by_length(self.middle.get(root, {})):
+            first, count = prefix.address >> 8 & 255, 1 << 24 - prefix.length
+            slots[first : first + count] = [slot] * count
+        return slots
 
-    def _differing(self, base: "array[int]") -> set[int]:
-        """Root indexes whose covering slot is another one than what was painted from."""
-        before = _paint_roots(self._short)
-        if before == base:
-            return set()
-        return {root for root in range(ROOTS) if before[root] != base[root]}
+    def network(self, network: int) -> int:
+        """The slot of one /24, but for longer prefixes."""
+        root = network >> 8
+        inner = self.middle.get(root)
+        for length in range(24, 16, -1) if inner else ():
+            kept = network << 8 >> 32 - length << 32 - length
+            slot = inner.get(Prefix(4, kept, length)) if inner else None
+            if slot is not None:
+                return slot
+        return self.bases[root]
 
-    def _repaint(
-        self,
-        dirty: set[int],
-        short: dict[Prefix, int],
-        long: dict[int, dict[Prefix, int]],
-        base: "array[int] | None",
-    ) -> Painted:
-        covering = base if base is not None else _paint_roots(short)
-        trees = {root: _tree(long.get(root, self._long.get(root, {})), covering[root]) for root in dirty}
-        needed = sum(tree.blocks for tree in trees.values())
+    def addresses(self, network: int) -> "array[int]":
+        """The slot of each address of a /24, hosts not regarded."""
+        slots = array("I", [self.network(network)]) * BLOCK_ENTRIES
+        for prefix, slot in _by_length(self.deep.get(network, {})):
+            first, count = prefix.address & 255, 1 << 32 - prefix.length
+            slots[first : first + count] = array("I", [slot]) * count
+        return slots
+
+    def changed(self, wide: Mapping[Prefix, int | None]) -> "_Wide":
+        """With these slots; None removes."""
+        after = _Wide(self.short, dict(self.middle), dict(self.deep), self.bases)
+        copied: dict[int, dict[Prefix, int]] = {}
+        for prefix, slot in wide.items():
+            if prefix.length <= 16:
+                if after.short is self.short:
+                    after.short = dict(self.short)
+                inner = after.short
+            else:
+                table, at = (
+                    (after.middle, prefix.address >> 16)
+                    if prefix.length <= 24
+                    else (after.deep, prefix.address >> 8)
+                )
+                inner = table.get(at, {})
+                if id(inner) not in copied:
+                    inner = table[at] = dict(inner)
+                    copied[id(inner)] = inner
+            if slot is None:
+                inner.pop(prefix, None)
+            else:
+                inner[prefix] = slot
+        if after.short is not self.short:
+            after.bases = _paint(after.short)
+        return after
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a change does, before any of it is done."""
+
+    wide: _Wide
+    dirty: set[int] = field(default_factory=set)  # root indexes to paint anew
+    edits: dict[int, dict[int, int]] = field(
+        default_factory=dict
+    )  # /24 -> octet -> entry, in the block it has
+    leaves: dict[int, "array[int] | None"] = field(
+        default_factory=dict
+    )  # /24 -> block it gets; None: has no more
+    puts: dict[int, int] = field(default_factory=dict)  # into ip4_hosts
+    drops: list[int] = field(default_factory=list)
+    crowd: dict[int, int] = field(default_factory=dict)  # /24 -> hosts in it, where that changes
+    demoted: bool = False  # hosts go from a block to the hash
+    middles: dict[int, list[int]] = field(default_factory=dict)  # root index -> content of the block it gets
+    plain: dict[int, int] = field(default_factory=dict)  # root index -> the slot that needs no block
+
+
+class Ip4:
+    """The slot of every IPv4 prefix. `change` plans and remembers; the caller makes the operations."""
+
+    def __init__(self, blocks: int, hosts: int) -> None:
+        """blocks, hosts: capacity of ip4_blocks and ip4_hosts."""
+        self._capacity = blocks
+        self._room = hosts
+        self._free = list(range(blocks - 1, BLOCK_ROOTS - 1, -1))
+        self._retired: list[int] = []
+        self._roots = array("I", [SLOT_WORLD4]) * ROOTS
+        self._middles: dict[int, _Block] = {}  # root index -> block of the third octet
+        self._leaves: dict[int, _Block] = {}  # /24 -> block of the fourth octet
+        self._wide = _Wide()
+        self._hashed: dict[int, int] = {}  # address -> slot
+        self._under = array("I", [0]) * ROOTS  # root index -> entries of ip4_hosts below it
+        # Hosts of each /24; anonymous memory costs nothing until it is touched.
+        self._crowd = memoryview(mmap.mmap(-1, 2 * NETWORKS)).cast("H")
+        self._repairs: list[Op] = []  # of what an earlier process did not finish
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Blocks in use, the roots included, and entries of ip4_hosts."""
+        return self._capacity - len(self._free), len(self._hashed)
+
+    @property
+    def retired(self) -> int:
+        """Blocks that wait for a grace period."""
+        return len(self._retired)
+
+    def settle(self) -> None:
+        """A grace period has passed: what was retired may be used again."""
+        self._free += self._retired
+        self._retired = []
+
+    def get(self, prefix: Prefix) -> int | None:
+        """The slot of exactly this prefix, not of one around it."""
+        return self.slots([prefix.address])[0] if prefix.length == 32 else self._wide.get(prefix)
+
+    def slots(self, addresses: Iterable[int]) -> list[int | None]:
+        """The slots of hosts, None where only a wider prefix may have one."""
+        leaves, hashed = self._leaves, self._hashed
+        found = []
+        for address in addresses:
+            leaf = leaves.get(address >> 8)
+            if leaf is None:
+                found.append(hashed.get(address))
+            else:
+                entry = leaf.entries[address & 255]
+                found.append(entry & ENTRY_MASK if entry & OWN else None)
+        return found
+
+    def hosts(self) -> Iterator[tuple[int, int]]:
+        """Every host and its slot."""
+        yield from self._hashed.items()
+        for network, leaf in self._leaves.items():
+            for octet, entry in enumerate(leaf.entries):
+                if entry & OWN:
+                    yield network << 8 | octet, entry & ENTRY_MASK
+
+    def prefixes(self) -> Iterator[tuple[Prefix, int]]:
+        """Every prefix that is no host, and its slot."""
+        return self._wide.items()
+
+    # --- changes
+
+    def change(self, wide: Mapping[Prefix, int | None], hosts: Mapping[int, int | None]) -> list[Op]:
+        """Operations after which prefixes and hosts have these slots; None: that of the next wider prefix.
+
+        Raises BlocksFull or TableFull with nothing changed.
+        """
+        plan = self._widened(wide)
+        groups: dict[int, dict[int, int | None]] = {}
+        at, group = -1, dict[int, int | None]()
+        for address, slot in hosts.items():
+            if address >> 8 != at:
+                at = address >> 8
+                group = groups.setdefault(at, {})
+            group[address & 255] = slot
+        # Half of the blocks stay free of hosts, so that all can be painted anew beside the old ones.
+        spare = len(self._free) - (self._capacity - BLOCK_ROOTS) // 2
+        roots = set(self._middles)
+        for network, group in groups.items():
+            if self._leaves.get(network) and network not in plan.leaves:
+                self._edit(plan, network, group)
+            elif self._build(plan, network, group, spare):
+                spare -= 1 + (network >> 8 not in roots)
+                roots.add(network >> 8)
+        for network in [one for one in plan.leaves if one not in groups]:
+            self._build(plan, network, {}, 0)
+        self._plan_roots(plan)
+        self._check_room(plan)
+        return self._commit(plan)
+
+    def _widened(self, wide: Mapping[Prefix, int | None]) -> _Plan:
+        """A plan that knows which roots and which /24 have to be painted anew for these prefixes."""
+        plan = _Plan(self._wide.changed(wide) if wide else self._wide)
+        if plan.wide.bases is not self._wide.bases:
+            before, after = self._wide.bases, plan.wide.bases
+            if before != after:
+                plan.dirty = {root for root in range(ROOTS) if before[root] != after[root]}
+        for prefix in wide:
+            if 16 < prefix.length <= 24:
+                plan.dirty.add(prefix.address >> 16)
+            elif prefix.length > 24:
+                plan.leaves[prefix.address >> 8] = None
+        if plan.dirty:
+            for network in (*self._leaves, *plan.wide.deep):
+                if network >> 8 in plan.dirty:
+                    plan.leaves[network] = None
+        return plan
+
+    def _edit(self, plan: _Plan, network: int, group: Mapping[int, int | None]) -> None:
+        """Hosts come and go in a block that stays; it goes when it is needed no more."""
+        entries = self._leaves[network].entries
+        crowd = self._crowd[network]
+        cover: array[int] | None = None
+        found = {}
+        for octet, slot in group.items():
+            had = entries[octet] & OWN
+            if slot is not None:
+                found[octet] = slot | OWN
+                crowd += not had
+            elif had:
+                cover = cover or plan.wide.addresses(network)
+                found[octet] = cover[octet]
+                crowd -= 1
+        if crowd < SPARSE and not self._must_stay(network, found, cover or plan.wide.addresses(network)):
+            self._build(plan, network, group, 0)
+        else:
+            plan.edits[network] = found
+            plan.crowd[network] = crowd
+
+    def _must_stay(self, network: int, edits: Mapping[int, int], cover: "array[int]") -> bool:
+        """Whether a /24 needs a block although it has few hosts: prefixes inside, or an address of this host."""
+        own = SLOT_HOST | OWN
+        return (
+            _mixed(cover)
+            or own in edits.values()
+            or any(
+                entry == own and octet not in edits
+                for octet, entry in enumerate(self._leaves[network].entries)
+            )
+        )
+
+    def _few(self, plan: _Plan, network: int, group: Mapping[int, int | None], spare: int) -> bool:
+        """Whether the /24 has no block and needs none; then its hosts are planned into the hash."""
+        if network in self._leaves or network in plan.wide.deep or SLOT_HOST in group.values():
+            return False
+        crowd, hashed, first = self._crowd[network], self._hashed, network << 8
+        for octet, slot in group.items():
+            crowd += (slot is not None) - (first | octet in hashed)
+        if crowd >= DENSE and spare >= 2:
+            return False
+        for octet, slot in group.items():
+            if slot is not None:
+                plan.puts[first | octet] = slot
+            elif first | octet in hashed:
+                plan.drops.append(first | octet)
+        plan.crowd[network] = crowd
+        plan.leaves.pop(network, None)
+        return True
+
+    def _build(self, plan: _Plan, network: int, group: Mapping[int, int | None], spare: int) -> bool:
+        """A /24 whose block comes, goes or is painted anew, or that has none. Whether it comes."""
+        if self._few(plan, network, group, spare):
+            return False
+        leaf = self._leaves.get(network)
+        before = self._hosts_in(network)
+        after = before | {octet: slot for octet, slot in group.items() if slot is not None}
+        for octet in [one for one, slot in group.items() if slot is None]:
+            after.pop(octet, None)
+        plan.crowd[network] = len(after)
+        first = network << 8
+        entries = plan.wide.addresses(network)
+        crowded = len(after) >= SPARSE if leaf else len(after) >= DENSE and spare >= 2
+        if crowded or _mixed(entries) or SLOT_HOST in after.values():
+            for octet, slot in after.items():
+                entries[octet] = slot | OWN
+            plan.leaves[network] = entries
+            if leaf:
+                return False
+            plan.drops += [first | octet for octet in before]
+            return True
+        if leaf:
+            plan.leaves[network] = None
+            plan.puts |= {first | octet: slot for octet, slot in after.items()}
+            plan.demoted |= bool(after)
+        else:
+            plan.leaves.pop(network, None)
+            plan.puts |= {first | octet: slot for octet, slot in group.items() if slot is not None}
+            plan.drops += [first | octet for octet in before.keys() - after.keys()]
+        return False
+
+    def _hosts_in(self, network: int) -> dict[int, int]:
+        """Octet and slot of each host of a /24."""
+        leaf = self._leaves.get(network)
+        if leaf:
+            return {octet: entry & ENTRY_MASK for octet, entry in enumerate(leaf.entries) if entry & OWN}
+        if not self._crowd[network]:
+            return {}
+        hashed, first = self._hashed, network << 8
+        return {octet: hashed[first | octet] for octet in range(BLOCK_ENTRIES) if first | octet in hashed}
+
+    def _plan_roots(self, plan: _Plan) -> None:
+        """Which roots get a block of the third octet, another one, or none."""
+        roots = set(plan.dirty)
+        for network, entries in plan.leaves.items():
+            if entries is None or network >> 8 not in self._middles:
+                roots.add(network >> 8)
+        below: dict[int, list[int]] = {root: [] for root in roots}
+        for network, entries in plan.leaves.items():
+            if entries is not None and network >> 8 in below:
+                below[network >> 8].append(network)
+        for root in roots:
+            if root not in self._middles and root not in plan.wide.middle and not below[root]:
+                plan.plain[root] = plan.wide.bases[root]
+                continue
+            octets = plan.wide.octets(root)
+            pointers = [
+                octet
+                for octet in self._pointers(root)
+                if plan.leaves.get(root << 8 | octet, octets) is not None
+            ]
+            if not pointers and not below[root] and octets.count(octets[0]) == BLOCK_ENTRIES:
+                plan.plain[root] = octets[0]
+                continue
+            for octet in pointers:
+                octets[octet] = ENTRY_POINTER | self._leaves[root << 8 | octet].number
+            plan.middles[root] = octets  # pointers to new blocks are filled in when these have numbers
+
+    def _pointers(self, root: int) -> list[int]:
+        """Third octets of a root with a block of their own."""
+        middle = self._middles.get(root)
+        if middle is None:
+            return []
+        return [octet for octet, entry in enumerate(middle.entries) if entry & ENTRY_POINTER]
+
+    def _check_room(self, plan: _Plan) -> None:
+        leaves = sum(
+            entries is not None and not self._same(network, entries)
+            for network, entries in plan.leaves.items()
+        )
+        needed = leaves + len(plan.middles)
         if needed > len(self._free):
             raise BlocksFull(
                 f"ip4_blocks: {needed} blocks needed, {len(self._free)} of {self._capacity} free"
             )
-        painted = Painted()
-        for root, tree in trees.items():
-            owned: list[int] = []
-            entry = self._place(tree, painted, owned) | (ENTRY_HOSTS if root in self._hosts else 0)
-            painted.retired += self._owned.pop(root, [])
-            if owned:
-                self._owned[root] = owned
-            if entry != self._roots[root]:
-                self._roots[root] = entry
-                painted.roots.append((root, entry))
-        self._short = short
-        for root, inner in long.items():
-            if inner:
-                self._long[root] = inner
-            else:
-                self._long.pop(root, None)
-        return painted
+        new = sum(one not in self._hashed for one in plan.puts)
+        if len(self._hashed) + new > self._room:
+            raise TableFull("ip4_hosts", new, self._room - len(self._hashed))
 
-    def _place(self, tree: "_Tree", painted: Painted, owned: list[int]) -> int:
-        """The entry that stands for a tree; its blocks are appended children first."""
-        if tree.children is None:
-            return tree.slot
-        entries = array("I", (self._place(child, painted, owned) for child in tree.children))
-        block = self._free.pop()
-        owned.append(block)
-        painted.blocks.append((block, entries.tobytes()))
-        return ENTRY_POINTER | block
+    def _same(self, network: int, entries: "array[int]") -> bool:
+        leaf = self._leaves.get(network)
+        return leaf is not None and leaf.entries == entries
 
+    # --- making it so
 
-@dataclass(slots=True)
-class _Tree:
-    """A slot, or 256 trees of the next octet."""
+    def _commit(self, plan: _Plan) -> list[Op]:
+        """Remember the plan as made; its operations in the order that the module's text promises."""
+        under = self._count_hashed(plan)
+        ops, self._repairs = self._repairs, []
+        if plan.puts:
+            ops.append(_put(plan.puts))
+        flagged = [root for root, count in under.items() if count and not self._under[root]]
+        ops += [self._root(root, self._roots[root] | ENTRY_HOSTS) for root in flagged]
+        if plan.demoted:
+            ops.append(Grace())
+        fills, stores = self._publish(plan)
+        if fills:
+            ops += [*fills, Order()]
+        ops += stores
+        if plan.drops:
+            ops.append(Drop("ip4_hosts", _keys(plan.drops)))
+        for root, count in under.items():
+            if self._under[root] and not count:
+                ops.append(self._root(root, self._roots[root] & ~ENTRY_HOSTS))
+            self._under[root] = count
+        for network, count in plan.crowd.items():
+            self._crowd[network] = count
+        self._hashed.update(plan.puts)
+        for address in plan.drops:
+            del self._hashed[address]
+        self._wide = plan.wide
+        return ops
 
-    slot: int
-    children: "list[_Tree] | None" = None
+    def _count_hashed(self, plan: _Plan) -> dict[int, int]:
+        """Entries of ip4_hosts below each root that loses or gains some."""
+        under: dict[int, int] = {}
+        hashed, before = self._hashed, self._under
+        for address in plan.puts:
+            if address not in hashed:
+                root = address >> 16
+                under[root] = under.get(root, before[root]) + 1
+        for address in plan.drops:
+            root = address >> 16
+            under[root] = under.get(root, before[root]) - 1
+        return under
 
-    @property
-    def blocks(self) -> int:
-        return 0 if self.children is None else 1 + sum(child.blocks for child in self.children)
+    def _publish(self, plan: _Plan) -> tuple[list[Op], list[Op]]:
+        """Stores that fill blocks which nobody points to, and those that publish them or change one entry."""
+        fills: list[Op] = []
+        stores: list[Op] = []
+        for network, entries in plan.leaves.items():
+            self._place_leaf(plan, network, entries, fills, stores)
+        for root, octets in plan.middles.items():
+            old = self._middles.get(root)
+            if old is not None and old.entries.tolist() == octets:
+                continue
+            block = self._middles[root] = _Block(self._free.pop(), array("I", octets))
+            fills.append(_fill(block))
+            self._repoint(root, ENTRY_POINTER | block.number, old, stores)
+        for root, slot in plan.plain.items():
+            self._repoint(root, slot, self._middles.pop(root, None), stores)
+        for network, edits in plan.edits.items():
+            block = self._leaves[network]
+            for octet, entry in edits.items():
+                if block.entries[octet] != entry:
+                    stores.append(_store_entry(block, octet, entry))
+        return fills, stores
 
-
-def _paint_roots(short: Mapping[Prefix, int]) -> "array[int]":
-    """The covering slot of each /16."""
-    roots = array("I", bytes(4 * ROOTS)) if SLOT_WORLD4 == 0 else array("I", [SLOT_WORLD4]) * ROOTS
-    for prefix in sorted(short, key=lambda one: one.length):
-        first, count = prefix.address >> 16, 1 << 16 - prefix.length
-        roots[first : first + count] = array("I", [short[prefix]]) * count
-    return roots
-
-
-def _tree(prefixes: Mapping[Prefix, int], covering: int, level: int = 16) -> _Tree:
-    """The tree below an entry of `level` bits; `prefixes` are all longer than that and inside it."""
-    if not prefixes:
-        return _Tree(covering)
-    slots = [covering] * BLOCK_ENTRIES
-    deeper: dict[int, dict[Prefix, int]] = {}
-    shift = 32 - level - 8
-    for prefix in sorted(prefixes, key=lambda one: one.length):
-        first = prefix.address >> shift & 255
-        if prefix.length <= level + 8:
-            count = 1 << level + 8 - prefix.length
-            slots[first : first + count] = [prefixes[prefix]] * count
+    def _place_leaf(
+        self,
+        plan: _Plan,
+        network: int,
+        entries: "array[int] | None",
+        fills: list[Op],
+        stores: list[Op],
+    ) -> None:
+        """A block for the /24, if it is to have one and has none with that content, and the pointer to it."""
+        old = self._leaves.get(network)
+        if entries is None:
+            if old is not None:
+                self._retired.append(self._leaves.pop(network).number)
+            return
+        if old is not None and old.entries == entries:
+            block = old
         else:
-            deeper.setdefault(first, {})[prefix] = prefixes[prefix]
-    children = [_tree(deeper.get(at, {}), slot, level + 8) for at, slot in enumerate(slots)]
-    if all(child.children is None and child.slot == children[0].slot for child in children):
-        return children[0]
-    return _Tree(covering, children)
+            block = self._leaves[network] = _Block(self._free.pop(), entries)
+            fills.append(_fill(block))
+            if old is not None:
+                self._retired.append(old.number)
+        root, octet = network >> 8, network & 255
+        octets = plan.middles.get(root)
+        if octets is not None:
+            octets[octet] = ENTRY_POINTER | block.number
+        elif block is not old:
+            stores.append(_store_entry(self._middles[root], octet, ENTRY_POINTER | block.number))
+
+    def _repoint(self, root: int, entry: int, old: _Block | None, stores: list[Op]) -> None:
+        """A root says something else; whether it has hosts in the hash is not changed here."""
+        if old is not None:
+            self._retired.append(old.number)
+        entry |= self._roots[root] & ENTRY_HOSTS
+        if entry != self._roots[root]:
+            stores.append(self._root(root, entry))
+
+    def _root(self, root: int, entry: int) -> Op:
+        self._roots[root] = entry
+        return Store("ip4_blocks", 4 * root, _WORD.pack(entry))
+
+    # --- a former life
+
+    def adopt(self, entries: "array[int]", hashed: Mapping[int, int]) -> None:
+        """Take over filled maps. Painted prefixes become what they look like: /16, /24 and hosts."""
+        self._roots = entries[:ROOTS]
+        busy = set()
+        short: dict[Prefix, int] = {}
+        for root, entry in enumerate(self._roots):
+            if entry & ENTRY_POINTER:
+                busy |= self._adopt_root(root, entry & ENTRY_MASK, entries)
+            elif entry & ENTRY_MASK != SLOT_WORLD4:
+                short[Prefix(4, root << 16, 16)] = entry & ENTRY_MASK
+        self._wide.short, self._wide.bases = short, _paint(short)
+        self._free = [block for block in range(self._capacity - 1, BLOCK_ROOTS - 1, -1) if block not in busy]
+        for address, slot in hashed.items():
+            self._adopt_hashed(address, slot)
+        for root, entry in enumerate(self._roots):
+            if bool(entry & ENTRY_HOSTS) != bool(self._under[root]):
+                self._repairs.append(self._root(root, entry ^ ENTRY_HOSTS))
+
+    def _adopt_root(self, root: int, number: int, entries: "array[int]") -> set[int]:
+        """One root with a block; the blocks that it needs."""
+        middle = _Block(number, entries[number * BLOCK_ENTRIES : (number + 1) * BLOCK_ENTRIES])
+        self._middles[root] = middle
+        busy = {number}
+        found: dict[Prefix, int] = {}
+        for octet, entry in enumerate(middle.entries):
+            network = root << 8 | octet
+            if entry & ENTRY_POINTER:
+                leaf = entry & ENTRY_MASK
+                content = entries[leaf * BLOCK_ENTRIES : (leaf + 1) * BLOCK_ENTRIES]
+                for at, one in enumerate(content):
+                    if one:
+                        content[at] = one | OWN
+                self._leaves[network] = _Block(leaf, content)
+                self._crowd[network] = BLOCK_ENTRIES - content.count(0)
+                busy.add(leaf)
+            elif entry & ENTRY_MASK != SLOT_WORLD4:
+                found[Prefix(4, network << 8, 24)] = entry & ENTRY_MASK
+        if found:
+            self._wide.middle[root] = found
+        return busy
+
+    def _adopt_hashed(self, address: int, slot: int) -> None:
+        """An entry of the hash. One that has a block too was on its way into it or out of it, and goes back to it."""
+        leaf = self._leaves.get(address >> 8)
+        if leaf is None:
+            self._hashed[address] = slot
+            self._under[address >> 16] += 1
+            self._crowd[address >> 8] += 1
+            return
+        octet = address & 255
+        if self._roots[address >> 16] & ENTRY_HOSTS:  # packets got this slot, not that of the block
+            self._crowd[address >> 8] += not leaf.entries[octet] & OWN
+            self._repairs.append(_store_entry(leaf, octet, slot | OWN))
+        self._repairs.append(Drop("ip4_hosts", _keys([address])))
 
 
-def _blocks_below(entry: int, entries: "array[int]") -> Iterator[int]:
-    """The blocks that a pointer leads to."""
-    block = entry & ENTRY_MASK
-    yield block
-    for octet in range(BLOCK_ENTRIES):
-        inner = entries[block * BLOCK_ENTRIES + octet]
-        if inner & ENTRY_POINTER:
-            yield from _blocks_below(inner, entries)
+_WORD = struct.Struct("=I")
 
 
-def read_back(entries: "array[int]") -> dict[Prefix, int]:
-    """The slots in a whole ip4_blocks map as prefixes of 16, 24 and 32 bits; entries of the world are left out."""
-    found: dict[Prefix, int] = {}
+def _store_entry(block: _Block, octet: int, entry: int) -> Op:
+    """One entry of a block that packets read."""
+    block.entries[octet] = entry
+    return Store("ip4_blocks", BLOCK_BYTES * block.number + 4 * octet, _WORD.pack(entry))
 
-    def walk(entry: int, address: int, length: int) -> None:
-        if entry & ENTRY_POINTER:
-            at = (entry & ENTRY_MASK) * BLOCK_ENTRIES
-            for octet in range(BLOCK_ENTRIES):
-                walk(entries[at + octet], address | octet << 32 - length - 8, length + 8)
-        elif entry & ENTRY_MASK != SLOT_WORLD4:
-            found[Prefix(4, address, length)] = entry & ENTRY_MASK
 
-    for root in range(ROOTS):
-        if entries[root]:
-            walk(entries[root], root << 16, 16)
+def _fill(block: _Block) -> Op:
+    return Store("ip4_blocks", BLOCK_BYTES * block.number, block.entries.tobytes())
+
+
+def _keys(addresses: Iterable[int]) -> bytes:
+    """Keys of ip4_hosts, joined: addresses in network order."""
+    keys = array("I", addresses)
+    if sys.byteorder == "little":
+        keys.byteswap()
+    return keys.tobytes()
+
+
+def _put(hosts: Mapping[int, int]) -> Op:
+    values = array("I", bytes(PEER.size * len(hosts)))
+    values[::2] = array("I", hosts.values())  # struct peer: slot, flags
+    return Put("ip4_hosts", _keys(hosts), values.tobytes())
+
+
+def _mixed(entries: "array[int]") -> bool:
+    return entries.count(entries[0]) != BLOCK_ENTRIES
+
+
+def _by_length(prefixes: Mapping[Prefix, int]) -> list[tuple[Prefix, int]]:
+    """Wide ones first, so that narrow ones are painted over them."""
+    return sorted(prefixes.items(), key=lambda one: one[0].length)
+
+
+def _paint(short: Mapping[Prefix, int]) -> "array[int]":
+    """The covering slot of each /16."""
+    bases = array("I", [SLOT_WORLD4]) * ROOTS
+    for prefix, slot in _by_length(short):
+        first, count = prefix.address >> 16, 1 << 16 - prefix.length
+        bases[first : first + count] = array("I", [slot]) * count
+    return bases
+
+
+def slots_in(entries: "array[int]") -> set[int]:
+    """The slots that a whole ip4_blocks map leads to."""
+    found: set[int] = set()
+    seen = set(entries[:ROOTS])
+    for _ in range(3):  # octets: the roots hold two
+        found |= {entry & ENTRY_MASK for entry in seen if not entry & ENTRY_POINTER}
+        blocks = [entry & ENTRY_MASK for entry in seen if entry & ENTRY_POINTER]
+        seen = set()
+        for block in blocks:
+            seen.update(entries[block * BLOCK_ENTRIES : (block + 1) * BLOCK_ENTRIES])
     return found

@@ -6,7 +6,6 @@ import os
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from bpf.layout import (
@@ -25,21 +24,35 @@ from bpf.layout import (
     maps,
 )
 from bpf.syscall import PinnedMap
+from daemon.datapath.addresses import HOSTS6
 from daemon.datapath.image import INFO_GROUP, Leftover
-from daemon.datapath.ip4 import read_back
-from daemon.datapath.ops import Drop, Grace, Op, Put, Store
+from daemon.datapath.ip4 import slots_in
+from daemon.datapath.ops import Grace, Op, Order, Put, Store
 from daemon.datapath.render import RULE_MASK
 from daemon.model.identity import Identity
 from daemon.model.net import Prefix
 
 MEMBARRIER = {"x86_64": 324, "aarch64": 283}.get(os.uname().machine, 324)
 MEMBARRIER_CMD_GLOBAL = 1
+MEMBARRIER_CMD_GLOBAL_EXPEDITED = 2
+STORES_ARE_ORDERED = os.uname().machine == "x86_64"  # every CPU sees the stores of another in their order
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def grace() -> None:
     """Wait until no CPU runs a program that began before this call: about 10 ms."""
-    if _libc.syscall(MEMBARRIER, MEMBARRIER_CMD_GLOBAL, 0, 0) < 0:
+    _membarrier(MEMBARRIER_CMD_GLOBAL)
+
+
+def order() -> None:
+    """Stores before this call are seen before those after it. The packet's side needs nothing: it reads what is
+    published through the index that it read first."""
+    if not STORES_ARE_ORDERED:
+        _membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED)
+
+
+def _membarrier(command: int) -> None:
+    if _libc.syscall(MEMBARRIER, command, 0, 0) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"membarrier: {os.strerror(code)}")
 
@@ -68,23 +81,22 @@ class KernelMaps:
             one.close()
 
     def apply(self, ops: Sequence[Op]) -> None:
-        """Make the operations in order; runs of the same kind on one hash map go as one batch."""
+        """Make the operations in order."""
         with _Memory(self._maps) as memory:
-            for (kind, table), run in groupby(ops, key=lambda op: (type(op), getattr(op, "table", ""))):
-                if kind is Grace:
+            for op in ops:
+                if isinstance(op, Store):
+                    _store(memory[op.table], op.offset, op.data)
+                elif isinstance(op, Grace):
                     grace()
-                elif kind is Store:
-                    for op in run:
-                        assert isinstance(op, Store)  # noqa: S101 - groupby by type
-                        _store(memory[table], op.offset, op.data)
-                elif kind is Put:
-                    puts = [op for op in run if isinstance(op, Put)]
-                    keys, values = b"".join(op.key for op in puts), b"".join(op.value for op in puts)
-                    self._maps[table].update_batch(keys, values, len(puts))
+                elif isinstance(op, Order):
+                    order()
                 else:
-                    for op in run:
-                        assert isinstance(op, Drop)  # noqa: S101
-                        self._maps[table].delete(op.key)
+                    target = self._maps[op.table]
+                    count = len(op.keys) // target.spec.key_size
+                    if isinstance(op, Put):
+                        target.update_batch(op.keys, op.values, count)
+                    else:
+                        target.delete_batch(op.keys, count)
 
     def zero_hits(self, rules: Sequence[int]) -> None:
         """Counters of rule numbers that get a new meaning."""
@@ -103,14 +115,10 @@ class KernelMaps:
             generation = int(str(config["generation"]))
             active = BufferFlag(int(str(config[f"buffer_flags{generation & 1}"])))
             blocks = array("I", memory["ip4_blocks"][: 4 * BLOCK_ENTRIES * self.sizes.ip4_blocks])
-            entries = {
-                name: dict(self._entries(name))
-                for name in ("ip4_hosts", "ip6_hosts", "ip6_nets", "ip6_prefixes")
-            }
-            held = [
-                *read_back(blocks).values(),
-                *(slot for rows in entries.values() for slot in rows.values()),
-            ]
+            hosts = {name: self._hosts(name) for name in ("ip4_hosts", "ip6_hosts")}
+            wide = {name: dict(self._wide(name)) for name in ("ip6_nets", "ip6_prefixes")}
+            held = slots_in(blocks).union(*(one.values() for one in hosts.values()))
+            held = held.union(*(one.values() for one in wide.values()))
             used = {slot for slot in held if slot >= FIRST_FREE_SLOT}
             rows = _rows(memory["class_of"], self.sizes.slots * (generation & 1), used)
             region, rules = _region(
@@ -121,25 +129,30 @@ class KernelMaps:
                 flags=ConfigFlag(int(str(config["flags"]))),
                 enforced=(BufferFlag.ENFORCE_INGRESS in active, BufferFlag.ENFORCE_EGRESS in active),
                 blocks=blocks,
-                entries=entries,
+                hosts=hosts,
+                wide=wide,
                 identities=dict(_identities(memory["slot_info"], used)),
                 rows=rows,
                 region=region,
                 rules=rules,
             )
 
-    def _entries(self, table: str) -> Iterator[tuple[Prefix, int]]:
+    def _hosts(self, table: str) -> dict[int, int]:
+        """Address, as `compact` number, and slot of each entry."""
+        first = HOSTS6.start if table == "ip6_hosts" else 0
+        return {
+            first + int.from_bytes(key, "big"): int.from_bytes(value[:4], sys.byteorder)
+            for key, value in self._maps[table].items()
+        }
+
+    def _wide(self, table: str) -> Iterator[tuple[Prefix, int]]:
         for key, value in self._maps[table].items():
+            slot = int.from_bytes(value[:4], sys.byteorder)
             if table == "ip6_prefixes":
                 length = int.from_bytes(key[:4], sys.byteorder)
-                yield Prefix(6, int.from_bytes(key[4:], "big"), length), _slot(value)
+                yield Prefix(6, int.from_bytes(key[4:], "big"), length), slot
             else:
-                width = 32 if table == "ip4_hosts" else 128
-                address = int.from_bytes(key, "big") << (64 if table == "ip6_nets" else 0)
-                yield (
-                    Prefix(4 if width == 32 else 6, address, 64 if table == "ip6_nets" else width),
-                    _slot(value),
-                )
+                yield Prefix(6, int.from_bytes(key, "big") << 64, 64), slot
 
 
 class _Memory:
@@ -199,7 +212,3 @@ def _store(memory: mmap.mmap, offset: int, data: bytes) -> None:
         ctypes.c_uint32.from_buffer(memory, offset).value = int.from_bytes(data, sys.byteorder)
     else:
         memory[offset : offset + len(data)] = data
-
-
-def _slot(value: bytes) -> int:
-    return int.from_bytes(value[:4], sys.byteorder)

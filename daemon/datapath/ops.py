@@ -12,25 +12,29 @@ class Store(NamedTuple):
 
 
 class Put(NamedTuple):
-    """Insert or replace an entry of a hash or trie."""
+    """Insert or replace entries of a hash or trie, one after the other: keys and values joined."""
 
     table: str
-    key: bytes
-    value: bytes
+    keys: bytes
+    values: bytes
 
 
 class Drop(NamedTuple):
-    """Remove an entry of a hash or trie; one that is not there is no error."""
+    """Remove entries of a hash or trie, one after the other: keys joined. One that is not there is no error."""
 
     table: str
-    key: bytes
+    keys: bytes
+
+
+class Order(NamedTuple):
+    """Whoever sees a store after this point sees all before it: stands between filling a table and publishing it."""
 
 
 class Grace(NamedTuple):
     """Wait until no packet is processed any more that could have read the tables before this point."""
 
 
-Op = Store | Put | Drop | Grace
+Op = Store | Put | Drop | Order | Grace
 
 
 class TableFull(Exception):  # noqa: N818 - read as a fact

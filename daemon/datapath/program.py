@@ -23,7 +23,7 @@ from daemon.datapath.maps import KernelMaps
 from daemon.datapath.ops import Op, TableFull
 from daemon.model.identity import REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, RESERVED, Label, LabelSet
-from daemon.model.net import Direction, Prefix
+from daemon.model.net import Direction, Prefix, compact, expand
 from daemon.model.rule import CidrGroup, Policy
 from daemon.policy.compile import (
     Compiled,
@@ -155,7 +155,7 @@ class Program:
             if self._maps is None or self._image.tables is None:
                 return
             try:
-                self._maps.apply(self._image.claim(dict.fromkeys(addresses, HOST), ()))
+                self._maps.apply(self._image.claim(dict.fromkeys(map(compact, addresses), HOST), ()))
             except (OSError, TableFull, BlocksFull) as error:
                 log.warning("own addresses: %s; left to the next pass", error)
 
@@ -272,7 +272,7 @@ class Program:
                 switched = compiled is not None and self._policy(work, compiled, apply, maps)
             finally:
                 # Addresses change owners also when the policy was refused.
-                apply(self._image.claim(work.put, work.delete))
+                apply(self._image.claim(*_compacted(work)))
         return _Done(switched, time.monotonic() - started, operations)
 
     def _compile(self, work: _Work) -> Compiled | None:
@@ -304,8 +304,9 @@ class Program:
             self._compiled = compiled
             return False
         if self._image.tables is None:
-            # The first switch of this process: who owns which address must be known with it.
-            apply(self._image.claim(work.put, work.delete))
+            # The first switch of this process: who owns which address must be known with it. Addresses go only
+            # after it, because what an earlier process painted around them is not known before.
+            apply(self._image.claim(_compacted(work)[0], ()))
         before = set(self._image.numbers.values())
         self._seed(compiled)
         ops = self._image.switch(compiled)
@@ -384,7 +385,7 @@ class Program:
         put: dict[Prefix, Identity | None] = {}
         delete = []
         if self._compiled is None:  # the first pass of this process: what an earlier one left is replaced
-            dirty = dirty | self._own | self._claims.keys() | self._image.managed.keys()
+            dirty = dirty | self._own | self._claims.keys() | {*map(expand, self._image.owned())}
         for prefix in dirty:
             claims = self._claims.get(prefix)
             if prefix in self._own:
@@ -501,6 +502,10 @@ class Program:
         old = self._tables.status.get(key)
         since = old.since if old is not None and (old.ok, old.text) == (row.ok, row.text) else time.time()
         self._tables.status.put(key, replace(row, since=since))
+
+
+def _compacted(work: _Work) -> tuple[dict[int, Identity | None], list[int]]:
+    return {compact(one): who for one, who in work.put.items()}, list(map(compact, work.delete))
 
 
 def _same(old: Compiled, new: Compiled) -> bool:

@@ -91,5 +91,21 @@ def packed_prefix(packed: bytes) -> Prefix:
     return Prefix(4 if len(packed) == 4 else 6, int.from_bytes(packed, "big"), len(packed) * 8)
 
 
+_ADDRESS = (1 << 128) - 1
+
+
+def compact(prefix: Prefix) -> int:
+    """The prefix as one integer, a third of its memory: an IPv4 host is its address, all others are longer numbers."""
+    if prefix.family == 4:
+        return prefix.address | 32 - prefix.length << 128
+    return prefix.address | 192 - prefix.length << 128
+
+
+def expand(key: int) -> Prefix:
+    """The prefix of a `compact` number."""
+    code = key >> 128
+    return Prefix(4, key & _ADDRESS, 32 - code) if code <= 32 else Prefix(6, key & _ADDRESS, 192 - code)
+
+
 WORLD4 = Prefix(4, 0, 0)
 WORLD6 = Prefix(6, 0, 0)

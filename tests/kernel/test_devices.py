@@ -26,7 +26,7 @@ from bpf.syscall import (
     prog_load,
     prog_query,
 )
-from daemon.datapath.ip4 import read_back
+from daemon.datapath.image import Image
 from daemon.datapath.maps import KernelMaps
 from daemon.model.net import parse_prefix
 
@@ -64,12 +64,13 @@ def filtered(node, device: str) -> bool:
 
 def is_own(node, address: str) -> bool:
     """Do the kernel's tables know it as ours?"""
-    known = KernelMaps(node.home / "bpf", layout.sized(**node.sizes))
+    sizes = layout.sized(**node.sizes)
+    known, image = KernelMaps(node.home / "bpf", sizes), Image(sizes)
     try:
-        left = known.leftover()
+        image.adopt(known.leftover())
     finally:
         known.close()
-    return read_back(left.blocks).get(parse_prefix(address)) == layout.SLOT_HOST
+    return image.addresses.get(parse_prefix(address)) == layout.SLOT_HOST
 
 
 def delivered(node, port: int, target: str = "", source: str = "") -> bool:

@@ -1,7 +1,7 @@
 """A small working model of the pinned maps, and of how a packet reads them: the oracle for every plan of stores."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bpf.layout import (
     BLOCK_ENTRIES,
@@ -24,8 +24,8 @@ from bpf.layout import (
     Sizes,
     maps,
 )
-from daemon.datapath.ops import Drop, Op, Put, Store
-from daemon.model.net import Direction, Prefix, Proto
+from daemon.datapath.ops import Drop, Grace, Op, Order, Put, Store
+from daemon.model.net import Direction, Prefix, Proto, compact
 from daemon.model.verdict import Verdict, unpack_cell
 
 BASES = {
@@ -35,6 +35,30 @@ BASES = {
     Proto.ICMP: PORTS_ICMP4,
     Proto.ICMPV6: PORTS_ICMP6,
 }
+
+
+SPECS = maps(Sizes())
+
+
+def keys_of(op: Put | Drop) -> list[bytes]:
+    size = SPECS[op.table].key_size
+    return [op.keys[at : at + size] for at in range(0, len(op.keys), size)]
+
+
+def entries_of(op: Put) -> list[tuple[bytes, bytes]]:
+    size = SPECS[op.table].value_size
+    return [(key, op.values[at * size : (at + 1) * size]) for at, key in enumerate(keys_of(op))]
+
+
+def singles(ops: Sequence[Op]) -> Iterator[Op]:
+    """The same operations, each entry of a hash one by one: the kernel makes a batch that way."""
+    for op in ops:
+        if isinstance(op, Put):
+            yield from (Put(op.table, key, value) for key, value in entries_of(op))
+        elif isinstance(op, Drop):
+            yield from (Drop(op.table, key) for key in keys_of(op))
+        else:
+            yield op
 
 
 class Kernel:
@@ -49,15 +73,46 @@ class Kernel:
                 self.memory[name] = bytearray(-(-spec.value_size // 8) * 8 * spec.max_entries)
             else:
                 self.tables[name] = {}
+        self._filled = False  # a block, since the last Order
+        self._cells: list[range] = []  # indexes stored since the last Order
+        self._rows: set[int] = set()  # slots whose rows were
 
     def make(self, op: Op) -> None:
+        self._publishes_only_what_is_ordered(op)
         if isinstance(op, Store):
             assert op.offset + len(op.data) <= len(self.memory[op.table]), op.table
             self.memory[op.table][op.offset : op.offset + len(op.data)] = op.data
         elif isinstance(op, Put):
-            self.tables[op.table][op.key] = op.value
+            for key, value in entries_of(op):
+                self.tables[op.table][key] = value
         elif isinstance(op, Drop):
-            self.tables[op.table].pop(op.key, None)
+            for key in keys_of(op):
+                self.tables[op.table].pop(key, None)
+
+    def _publishes_only_what_is_ordered(self, op: Op) -> None:
+        """On a CPU that reorders stores, a packet must not follow a store to something that was not filled yet."""
+        if isinstance(op, Order | Grace):
+            self._filled, self._cells, self._rows = False, [], set()
+        elif isinstance(op, Put):
+            assert not self._rows & {struct.unpack_from("<I", value)[0] for _, value in entries_of(op)}
+        elif isinstance(op, Store) and op.table == "cells":
+            self._cells.append(range(op.offset // 4, (op.offset + len(op.data)) // 4))
+        elif isinstance(op, Store) and op.table == "class_of":
+            buffer = op.offset // 8 // self.sizes.slots
+            idle = buffer != self.config("generation") & 1 or not self.config(f"buffer_flags{buffer}")
+            for row in struct.iter_unpack("<I", op.data):
+                assert idle or not any(row[0] in cells for cells in self._cells)
+            first = op.offset // 8 % self.sizes.slots
+            self._rows.update(range(first, first + len(op.data) // 8))
+        elif isinstance(op, Store) and op.table == "ip4_blocks" and len(op.data) > 4:
+            self._filled = True
+        elif isinstance(op, Store) and op.table == "ip4_blocks":
+            entry = int.from_bytes(op.data, "little")
+            same = not (entry ^ self.word("ip4_blocks", op.offset // 4)) & ~ENTRY_HOSTS
+            assert same or not (entry & ENTRY_POINTER and self._filled)
+            assert entry & ENTRY_POINTER or entry & ENTRY_MASK not in self._rows
+        elif isinstance(op, Store) and op.table == "config" and op.offset == CONFIG.offsets()["generation"]:
+            assert (self._filled, self._cells, self._rows) == (False, [], set())
 
     def run(self, ops: Sequence[Op]) -> None:
         for op in ops:
@@ -112,6 +167,20 @@ class Kernel:
         return unpack_cell(self.word("cells", at + column))[0]
 
 
+ADDRESS_TABLES: dict[str, Callable[[bytes], Prefix]] = {
+    "ip4_hosts": lambda key: Prefix(4, int.from_bytes(key, "big"), 32),
+    "ip6_hosts": lambda key: Prefix(6, int.from_bytes(key, "big"), 128),
+    "ip6_nets": lambda key: Prefix(6, int.from_bytes(key, "big") << 64, 64),
+    "ip6_prefixes": lambda key: Prefix(6, int.from_bytes(key[4:], "big"), key[0]),
+}
+
+
+def entries(kernel: Kernel, table: str) -> dict[Prefix, int]:
+    """Prefix and slot of each entry of one of the address tables."""
+    prefix = ADDRESS_TABLES[table]
+    return {prefix(key): struct.unpack_from("<I", value)[0] for key, value in kernel.tables[table].items()}
+
+
 def leftover(kernel: Kernel) -> object:
     """What daemon.datapath.maps reads back of a former life, from the model."""
     from array import array
@@ -119,28 +188,19 @@ def leftover(kernel: Kernel) -> object:
     from bpf.layout import CONFIG as CONFIG_STRUCT
     from bpf.layout import FIRST_FREE_SLOT, SLOT_INFO, BufferFlag
     from daemon.datapath.image import INFO_GROUP, Leftover
-    from daemon.datapath.ip4 import read_back
+    from daemon.datapath.ip4 import slots_in
+    from daemon.datapath.maps import _region
     from daemon.model.identity import Identity
 
     config = CONFIG_STRUCT.unpack(bytes(kernel.memory["config"][: CONFIG_STRUCT.size]))
     generation = int(str(config["generation"]))
     blocks = array("I", bytes(kernel.memory["ip4_blocks"]))
-    entries: dict[str, dict[Prefix, int]] = {
-        "ip4_hosts": {},
-        "ip6_hosts": {},
-        "ip6_nets": {},
-        "ip6_prefixes": {},
+    found = {name: entries(kernel, name) for name in ADDRESS_TABLES}
+    hosts = {
+        name: {compact(one): slot for one, slot in found[name].items()} for name in ("ip4_hosts", "ip6_hosts")
     }
-    for name, rows_ in entries.items():
-        for key, value in kernel.tables[name].items():
-            prefix = {
-                "ip4_hosts": lambda k: Prefix(4, int.from_bytes(k, "big"), 32),
-                "ip6_hosts": lambda k: Prefix(6, int.from_bytes(k, "big"), 128),
-                "ip6_nets": lambda k: Prefix(6, int.from_bytes(k, "big") << 64, 64),
-                "ip6_prefixes": lambda k: Prefix(6, int.from_bytes(k[4:], "big"), k[0]),
-            }[name](key)
-            rows_[prefix] = struct.unpack_from("<I", value)[0]
-    held = [*read_back(blocks).values(), *(slot for rows_ in entries.values() for slot in rows_.values())]
+    wide = {name: found[name] for name in ("ip6_nets", "ip6_prefixes")}
+    held = slots_in(blocks).union(*(rows_.values() for rows_ in found.values()))
     used = {slot for slot in held if slot >= FIRST_FREE_SLOT}
     base = kernel.sizes.slots * (generation & 1)
     rows = {
@@ -152,6 +212,9 @@ def leftover(kernel: Kernel) -> object:
         info = SLOT_INFO.unpack(bytes(kernel.memory["slot_info"][8 * slot : 8 * slot + 8]))
         if not int(str(info["flags"])) & INFO_GROUP:
             identities[slot] = Identity(int(str(info["identity"])))
+    region, numbers = _region(
+        kernel.memory["port_class"], kernel.memory["cells"], generation & 1, rows, kernel.sizes.cells
+    )
     active = BufferFlag(int(str(config[f"buffer_flags{generation & 1}"])))
     enforced = (BufferFlag.ENFORCE_INGRESS in active, BufferFlag.ENFORCE_EGRESS in active)
     flags = ConfigFlag(int(str(config["flags"])))
@@ -160,9 +223,10 @@ def leftover(kernel: Kernel) -> object:
         flags,
         enforced,
         blocks,
-        entries,
+        hosts,
+        wide,
         identities,
         rows,
-        (0, kernel.sizes.cells // 2),
-        frozenset(),
+        region,
+        numbers,
     )

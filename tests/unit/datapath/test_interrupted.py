@@ -7,15 +7,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from daemon.datapath.image import Image
-from daemon.model.net import parse_prefix
+from daemon.model.net import expand, parse_prefix
 
 _spec = importlib.util.spec_from_file_location("image_tests", Path(__file__).with_name("test_image.py"))
 assert _spec is not None
 assert _spec.loader is not None
 image_tests = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(image_tests)
-compiled, documents, everything, read = (
-    image_tests.compiled, image_tests.documents, image_tests.everything, image_tests.read,
+compiled, documents, everything, read, claim, switch = (
+    image_tests.compiled, image_tests.documents, image_tests.everything, image_tests.read, image_tests.claim,
+    image_tests.switch,
 )  # fmt: skip
 DB, OWNED, SIZES, WEB = image_tests.DB, image_tests.OWNED, image_tests.SIZES, image_tests.WEB
 kernel_model = image_tests.kernel_model
@@ -31,12 +32,14 @@ def heir_of(kernel):
 def holds_only_what_it_should(kernel, image):
     """Every entry in the kernel is one that the process knows, with the slot that it knows."""
     found = {}
-    for rows in kernel_model.leftover(kernel).entries.values():
+    for table in kernel_model.ADDRESS_TABLES:
+        rows = kernel_model.entries(kernel, table)
         assert not found.keys() & rows.keys()
         found |= rows
+    known = {expand(key): slot for key, slot in image.addresses.items()}
     assert found == {
         one: slot
-        for one, slot in image.addresses.slots.items()
+        for one, slot in known.items()
         if one.family == 6 or (one.is_host and one.packed in kernel.tables["ip4_hosts"])
     }
 
@@ -45,8 +48,8 @@ def holds_only_what_it_should(kernel, image):
 @given(st.lists(st.tuples(documents(), st.integers(0, 60)), min_size=2, max_size=4))
 def test_a_switch_that_was_cut_short_leaves_old_or_new_verdicts_and_is_made_good(history):
     kernel, image = kernel_model.Kernel(SIZES), Image(SIZES)
-    kernel.run(image.claim(OWNED, ()))
-    kernel.run(image.switch(compiled([])))
+    kernel.run(claim(image, OWNED))
+    kernel.run(switch(image, compiled([])))
     before = everything(compiled([]), dict(OWNED))
     for specs, stop in history:
         tables = compiled(specs)
@@ -56,9 +59,11 @@ def test_a_switch_that_was_cut_short_leaves_old_or_new_verdicts_and_is_made_good
         flipped = kernel.config("generation") != generation
         assert read(kernel, kernel.config("generation")) == (after if flipped else before)
         image = heir_of(kernel)
-        kernel.run(image.claim(OWNED, [one for one in image.managed if one not in OWNED]))
+        kernel.run(
+            claim(image, OWNED, [one for one in image_tests.owned_prefixes(image) if one not in OWNED])
+        )
         assert read(kernel, kernel.config("generation")) == (after if flipped else before)
-        kernel.run(image.switch(tables))
+        kernel.run(switch(image, tables))
         assert read(kernel, kernel.config("generation")) == after
         holds_only_what_it_should(kernel, image)
         before = after
@@ -69,16 +74,18 @@ def test_a_switch_that_was_cut_short_leaves_old_or_new_verdicts_and_is_made_good
 def test_addresses_that_changed_only_in_part_are_made_good(specs, first, second):
     kernel, image = kernel_model.Kernel(SIZES), Image(SIZES)
     tables = compiled(specs)
-    kernel.run(image.claim(OWNED, ()))
-    kernel.run(image.switch(tables))
+    kernel.run(claim(image, OWNED))
+    kernel.run(switch(image, tables))
     owned = dict(OWNED)
     for put, delete, stop in ((DEEP, [parse_prefix("10.1.2.3")], first), (OWNED, list(DEEP), second)):
         gone = [one for one in delete if one not in put]
-        kernel.run(image.claim(put, gone)[:stop])
+        kernel.run(claim(image, put, gone)[:stop])
         image = heir_of(kernel)
         owned = {one: who for one, who in {**owned, **put}.items() if one not in gone}
-        kernel.run(image.claim(owned, [one for one in image.managed if one not in owned]))
-        kernel.run(image.switch(tables))
+        kernel.run(
+            claim(image, owned, [one for one in image_tests.owned_prefixes(image) if one not in owned])
+        )
+        kernel.run(switch(image, tables))
         assert read(kernel, image.generation) == everything(tables, owned)
         holds_only_what_it_should(kernel, image)
 
@@ -86,19 +93,19 @@ def test_addresses_that_changed_only_in_part_are_made_good(specs, first, second)
 def test_slots_between_those_in_use_are_given_out_again_after_a_restart():
     kernel, image = kernel_model.Kernel(SIZES), Image(SIZES)
     tables = compiled([])
-    kernel.run(image.switch(tables))
+    kernel.run(switch(image, tables))
     addresses = [parse_prefix(f"10.77.0.{at}") for at in range(30)]
     for life in range(1, 12):
         for at, one in enumerate(addresses):
-            kernel.run(image.claim({one: image_tests.Identity(1000 * life + at)}, ()))
-        kernel.run(image.claim({}, addresses[:-1]))
+            kernel.run(claim(image, {one: image_tests.Identity(1000 * life + at)}))
+        kernel.run(claim(image, {}, addresses[:-1]))
         image = heir_of(kernel)
-        kernel.run(image.switch(tables))
+        kernel.run(switch(image, tables))
 
 
 def test_a_64_and_a_longer_prefix_in_it_may_come_together():
     kernel, image = kernel_model.Kernel(SIZES), Image(SIZES)
     tables = compiled([])
-    kernel.run(image.switch(tables))
-    kernel.run(image.claim(DEEP, ()))
+    kernel.run(switch(image, tables))
+    kernel.run(claim(image, DEEP))
     holds_only_what_it_should(kernel, image)
