@@ -12,20 +12,17 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import grpc
 
 from clustermesh.etcdpb import etcd_pb2 as pb
-from clustermesh.kv import PAGE, Compacted, ConnectionLost, Denied, Entry, Event, KVError, LeaseLost, Listing
+from clustermesh.kv import Compacted, ConnectionLost, Denied, Entry, Event, KVError, LeaseLost, Listing
+from clustermesh.settings import EtcdSettings, split_endpoint
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 4.0  # a member that does not answer one request within this is left
-PROGRESS_S = 1.0  # between two progress requests on an idle watch
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]
 _HAS_LEADER = ("hasleader", "true")  # a member that has lost its cluster ends the watch
 _OPTIONS = (
@@ -41,52 +38,6 @@ _OPTIONS = (
 # Message and call types are generated at run time: `Any` ends in this module.
 Message = Any
 T = TypeVar("T")
-
-
-class EtcdSettingsError(ValueError):
-    """The settings can never work; the message names the one that is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class EtcdSettings:
-    """How to reach a store. Paths are re-read at every connection, so that certificates can be rotated."""
-
-    endpoints: tuple[str, ...]  # http(s)://host:port
-    ca: str = ""
-    cert: str = ""
-    key: str = ""
-    server_name: str = ""  # expected in the server's certificate, if it is not the endpoint's host
-    username: str = ""
-    password: str = field(default="", repr=False)
-    timeout_s: float = TIMEOUT_S
-    progress_s: float = PROGRESS_S
-    page: int = PAGE
-
-    def __post_init__(self) -> None:
-        if not self.endpoints:
-            raise EtcdSettingsError("etcd.endpoints: empty, expected at least one like https://host:2379")
-        for endpoint in self.endpoints:
-            _target(endpoint)
-        if bool(self.cert) != bool(self.key):
-            given, missing = ("cert", "key") if self.cert else ("key", "cert")
-            raise EtcdSettingsError(f"etcd.{given} is set but etcd.{missing} is not: both or neither")
-        if (self.ca or self.cert) and not all(one.startswith("https:") for one in self.endpoints):
-            raise EtcdSettingsError("etcd.ca and etcd.cert need https:// endpoints")
-        if self.password and not self.username:
-            raise EtcdSettingsError("etcd.password is set but etcd.username is not")
-
-
-def _target(endpoint: str) -> tuple[bool, str]:
-    """Whether an endpoint uses TLS, and its gRPC target."""
-    parts = urlsplit(endpoint)
-    try:
-        port = 2379 if parts.port is None else parts.port
-    except ValueError:
-        port = 0
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not port or parts.path not in {"", "/"}:
-        raise EtcdSettingsError(f"etcd.endpoints: {endpoint!r} is not like https://host:2379")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return parts.scheme == "https", f"{host}:{port}"
 
 
 def prefix_end(prefix: bytes) -> bytes:
@@ -311,7 +262,8 @@ class EtcdKV:
         return session
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:
-        tls, target = _target(endpoint)
+        tls, host, port = split_endpoint(endpoint)
+        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if not tls:
             return grpc.aio.insecure_channel(target, options=_OPTIONS)
         settings = self.settings

@@ -52,6 +52,7 @@ class Follower:
         backoff: Backoff | None = None,
         quarantine_s: float = QUARANTINE_S,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self.connected = False
         self.complete = False  # every part was listed once, since the start
@@ -69,6 +70,7 @@ class Follower:
         self._backoff = backoff or Backoff()
         self._quarantine_s = quarantine_s
         self._clock = clock
+        self._steady = steady  # for what is waited for: the other one may jump
         self._turn = asyncio.Lock()  # one listing or batch of events at a time goes into the mesh
         self._look = asyncio.Event()  # somebody wants a new listing
         self._changed: list[Callable[[], None]] = []
@@ -81,6 +83,14 @@ class Follower:
         """What is in the mesh was in this store at this revision, and is as old as that."""
         self._before = self.store, self.revision = store, revision
         self.lost_since = seen_at
+
+    def use(self, kv: KV, *, another: bool) -> None:
+        """Follow this store from the next connection on; `another`: it is meant to be a different one."""
+        self._remember()
+        self._kv, self.connected = kv, False
+        if another:
+            self._before = 0, 0
+            self.store = self.revision = 0
 
     def list_again(self) -> None:
         """Have everything listed anew, as after an outage."""
@@ -157,7 +167,7 @@ class Follower:
             self.store, self.revision = page.store, page.revision
         self.revision = max(self.revision, page.revision)
         async with self._turn:
-            await self._feed(listing.end(self._clock(), doubtful=self._doubtful(page)))
+            await self._feed(listing.end(self._steady(), doubtful=self._doubtful(page)))
         return page.revision
 
     async def _pages(self, part: Part) -> AsyncGenerator[Listing, None]:
@@ -187,7 +197,7 @@ class Follower:
     async def _apply(self, part: Part, events: Sequence[Event]) -> None:
         async with self._turn:
             self.revision = max(self.revision, events[-1].revision)
-            await self._feed(self._mesh.applied(part, events, self._clock()))
+            await self._feed(self._mesh.applied(part, events, self._steady()))
         if self._mesh.relist:
             raise _ListAgain("a cluster changed its id")
 
@@ -203,7 +213,7 @@ class Follower:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(5.0, self._quarantine_s / 10)):
                     await self._look.wait()
-            due = self._clock() - self._quarantine_s
+            due = self._steady() - self._quarantine_s
             ready = [one.name for one in self._mesh.remotes.values() if 0 < one.held_since <= due]
             if ready:
                 await self.take(self._mesh.release(ready))

@@ -62,6 +62,11 @@ class Listing:
 class KV(Protocol):
     """What the protocol needs of a store. Every method raises KVError only."""
 
+    @property
+    def version(self) -> str:
+        """Of the server; empty if it has none or is not connected."""
+        ...
+
     async def get(self, key: str) -> Entry | None: ...
 
     async def list(self, prefix: str) -> Listing: ...
@@ -113,6 +118,10 @@ class MemoryKV:
         self._leases: set[int] = set()
         self._cut: str | None = None
         self._changed = asyncio.Event()
+
+    @property
+    def version(self) -> str:
+        return ""
 
     async def get(self, key: str) -> Entry | None:
         self._check()

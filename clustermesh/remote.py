@@ -181,7 +181,7 @@ class Remote:
     node_claims: dict[Cidr, dict[str, int]] = field(default_factory=dict)  # address -> node -> identity
     refused: Counter[str] = field(default_factory=Counter)  # reason -> how often
     refusals: dict[str, str] = field(default_factory=dict)  # key -> why, now; bounded
-    held_since: float = 0.0  # wall clock; 0: nothing is held
+    held_since: float = 0.0  # seconds of a steady clock; 0: nothing is held
     revision: int = 0
 
     @property
@@ -311,7 +311,7 @@ class Mesh:
         yield from listing.end(now, doubtful=doubtful)
 
     def applied(self, part: Part, events: Sequence[Event], now: float) -> Iterator[list[Change]]:
-        """What the events of a watch change. `now` is wall-clock seconds, for what is held."""
+        """What the events of a watch change. `now` is seconds of a steady clock, for what is held."""
         held = self._mass(part, events)
         for remote in set(held.values()):
             self._hold(remote, now)
@@ -1069,7 +1069,7 @@ class Relisting:
         _put_claims(self._claims, cidr, kept)
 
     def end(self, now: float, *, doubtful: bool = False) -> Iterator[list[Change]]:
-        """That was everything. `now` is wall-clock seconds, for what is held.
+        """That was everything. `now` is seconds of a steady clock, for what is held.
 
         doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
         """

@@ -220,6 +220,18 @@ class RangeSet:
         return None
 
 
+_FIXED = {(3, 4): 44, (3, 5): 33, (3, 6): 14}  # etcd's first releases without known ways around its roles
+
+
+def version_warning(version: str) -> str:
+    """What is wrong with a store of this version; empty if nothing is known."""
+    numbers = tuple(int(one) for one in version.partition("-")[0].split(".") if one.isdigit())
+    if len(numbers) != 3 or numbers[:2] > max(_FIXED) or numbers[2] >= _FIXED.get(numbers[:2], 1 << 30):
+        return ""
+    fixed = ", ".join(f"{major}.{minor}.{patch}" for (major, minor), patch in _FIXED.items())
+    return f"etcd {version} lets users get around their roles: update it to {fixed} or later"
+
+
 def pod_ranges(node: Node) -> tuple[Cidr, ...]:
     """The ranges that a node hands out to its pods."""
     found = []

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
+from clustermesh.settings import is_loopback, split_endpoint
 from daemon.model.net import parse_prefix
 from daemon.model.problem import Problem
 from daemon.policy.document import Node, read_documents, shown
@@ -91,6 +92,9 @@ class Etcd(Section):
     password: str = Field(
         default="", repr=False, description="its password; better: `MESHWALL_ETCD__PASSWORD`"
     )
+    insecure_transport: bool = Field(
+        default=False, description="allow `http://` endpoints on other machines: anybody on the way can lie"
+    )
 
     @field_validator("endpoints")
     @classmethod
@@ -108,6 +112,10 @@ class Etcd(Section):
             raise ValueError("password is set but username is not")
         if (self.ca or self.cert) and any(one.startswith("http://") for one in self.endpoints):
             raise ValueError("ca, cert and key need https:// endpoints")
+        for one in self.endpoints:
+            tls, host, _ = split_endpoint(one)
+            if not (tls or self.insecure_transport or is_loopback(host)):
+                raise ValueError(f"{shown(one)} is not encrypted: use https://, or set insecure_transport")
         return self
 
 
@@ -302,6 +310,20 @@ class Config(Section):
     clusters: dict[ClusterName, int] = Field(
         default={}, description="other clusters that are believed, name to id; empty: every well-formed one"
     )
+    clusters_dir: Path | None = Field(
+        default=None, description="directory with a file for each remote cluster that has an etcd of its own"
+    )
+    cluster_prefixes: dict[ClusterName, tuple[str, ...]] = Field(
+        default={}, description="the addresses that a cluster may speak for; not named: all that are not ours"
+    )
+    protected_prefixes: tuple[str, ...] = Field(
+        default=(), description="addresses of ours, such as pods, that no other cluster may speak for"
+    )
+    remote_stale_after: int = Field(
+        default=0,
+        ge=0,
+        description="seconds after which a store that is out of reach is not believed any more; 0: never",
+    )
     max_connected_clusters: Literal[255, 511] = Field(
         default=255, description="as in every cluster of the mesh"
     )
@@ -351,6 +373,21 @@ class Config(Section):
             raise ValueError("two clusters have the same id")
         return clusters
 
+    @field_validator("protected_prefixes")
+    @classmethod
+    def _are_prefixes(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            parse_prefix(text)
+        return texts
+
+    @field_validator("cluster_prefixes")
+    @classmethod
+    def _hold_prefixes(cls, clusters: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for texts in clusters.values():
+            for text in texts:
+                parse_prefix(text)
+        return clusters
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not self.failsafe and not self.i_can_reach_the_console:
@@ -361,7 +398,8 @@ class Config(Section):
             raise ValueError(f"clusters: id {self.cluster_id} is this cluster's own")
         if self.cluster_name in self.clusters:
             raise ValueError(f"clusters: {self.cluster_name} is this cluster's own name")
-        for one in (self.policy_dir, self.pins, self.run_dir, self.state_dir, self.identities_file):
+        paths = (self.policy_dir, self.pins, self.run_dir, self.state_dir, self.identities_file)
+        for one in (*paths, *([self.clusters_dir] if self.clusters_dir else [])):
             if not one.is_absolute():
                 raise ValueError(f"{one} is not an absolute path")
         return self

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvloop
 from aiohttp import web
@@ -25,9 +24,10 @@ from bpf.attach import XdpMode
 from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
+from clustermesh.settings import DEFAULT_PORT, EtcdSettings
 from daemon.api import app, flows, mesh, metrics, resources, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
-from daemon.config import Config, ConfigError, FailsafeEntry, load
+from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.flows.pipeline import FlowPipeline
@@ -39,9 +39,11 @@ from daemon.runtime import memory
 from daemon.runtime.loopwatch import LoopWatch
 from daemon.runtime.notify import Notify, watchdog_s
 from daemon.runtime.tasks import Tasks, Work
+from daemon.sources import meshdir
 from daemon.sources.files import PolicyFiles
 from daemon.sources.host import HostSource
-from daemon.sources.mesh import MeshPublisher, MeshSource
+from daemon.sources.mesh import Arrival, MeshPublisher, MeshSource, Shared
+from daemon.sources.meshdir import MeshDirectory
 from daemon.sources.static import IdentitiesFile
 from daemon.state.tables import StatusRow, Tables
 
@@ -70,10 +72,10 @@ class StartError(Exception):
 def failsafes(config: Config) -> tuple[Failsafe, ...]:
     """The configured list, and the way to the store: the daemon must not cut what it recovers by."""
     found = [_failsafe(one) for one in config.failsafes]
-    if config.etcd:
-        for endpoint in config.etcd.endpoints:
-            port = urlsplit(endpoint).port or 2379
-            found.append(Failsafe(Direction.EGRESS, Proto.TCP, port))
+    ports = set(etcd_settings(config.etcd).ports) if config.etcd else set()
+    if config.clusters_dir:
+        ports |= {DEFAULT_PORT, *meshdir.ports(config.clusters_dir)}
+    found += [Failsafe(Direction.EGRESS, Proto.TCP, port) for port in sorted(ports)]
     return tuple(dict.fromkeys(found))
 
 
@@ -117,11 +119,19 @@ def sizes(config: Config) -> Sizes:
 
 def store(config: Config) -> KV:
     """The shared etcd, or the embedded store."""
-    if config.etcd is None:
-        return MemoryKV()
-    from clustermesh.etcd import EtcdKV, EtcdSettings  # noqa: PLC0415 - 20 MiB of gRPC that not everyone needs
+    return MemoryKV() if config.etcd is None else connect(etcd_settings(config.etcd))
 
-    return EtcdKV(EtcdSettings(**config.etcd.model_dump()))
+
+def etcd_settings(etcd: Etcd) -> EtcdSettings:
+    """How the shared etcd is reached."""
+    return EtcdSettings(**etcd.model_dump())
+
+
+def connect(settings: EtcdSettings) -> KV:
+    """A client of an etcd, which connects when it is used."""
+    from clustermesh.etcd import EtcdKV  # noqa: PLC0415 - 20 MiB of gRPC that not everyone needs
+
+    return EtcdKV(settings)
 
 
 def record_settings(config: Config) -> RecordSettings:
@@ -166,6 +176,9 @@ class Daemon:
         self._watch = LoopWatch(self._notify.alive, (watchdog_s() or 3.0) / 3)
         self._stop = asyncio.Event()
         self._kv = store(config)
+        self._shared = Shared(Arrival(self.tables))
+        self._mesh = self._mesh_source("etcd" if config.etcd else "embedded store (no etcd)", self._kv)
+        self._remotes = self._mesh_files(config.clusters_dir) if config.clusters_dir else None
         self._files = PolicyFiles(
             self.tables,
             config.policy_dir,
@@ -237,16 +250,9 @@ class Daemon:
     def _mesh_work(self) -> Iterator[tuple[str, Work]]:
         config = self.config
         most = config.max_connected_clusters
-        source = MeshSource(
-            self.tables,
-            self._kv,
-            cluster_name=config.cluster_name,
-            cluster_id=config.cluster_id,
-            clusters=config.clusters,
-            max_clusters=most,
-            name="etcd" if config.etcd else "embedded store (no etcd)",
-        )
-        yield "mesh", source.run
+        yield "mesh", self._mesh.run
+        if self._remotes is not None:
+            yield "mesh files", self._remotes.run
         if config.etcd is None:
             file = IdentitiesFile(
                 config.identities_file,
@@ -262,6 +268,44 @@ class Daemon:
             publisher = MeshPublisher(self.tables, self._kv, max_clusters=most, boot_id=_boot_id())
             yield "mesh publish", publisher.run
 
+    def _mesh_source(self, name: str, kv: KV, only: str = "") -> MeshSource:
+        """The source of a store: the shared one, or that of one cluster."""
+        config = self.config
+        persistent = bool(only or config.etcd)
+        return MeshSource(
+            self.tables,
+            kv,
+            cluster_name=config.cluster_name,
+            cluster_id=config.cluster_id,
+            clusters=config.clusters,
+            max_clusters=config.max_connected_clusters,
+            prefixes=config.cluster_prefixes,
+            protected=config.protected_prefixes,
+            only=only,
+            name=name,
+            shared=self._shared,
+            keep=config.state_dir / "mesh" / (only or "_shared") if persistent else None,
+            stale_after_s=config.remote_stale_after,
+        )
+
+    def _mesh_files(self, directory: Path) -> MeshDirectory:
+        return MeshDirectory(
+            self.tables,
+            directory,
+            own_cluster=self.config.cluster_name,
+            shared=self._shared,
+            build=lambda name, kv: self._mesh_source(f"the etcd of {name}", kv, name),
+            connect=connect,
+            took_over=self._mesh.leave,
+            gave_back=self._mesh.follower.list_again,
+            owner_check=self.config.policy_owner_check,
+        )
+
+    async def _accept_deletions(self, cluster: str) -> int:
+        """Believe what a cluster deleted and is held; how many keys."""
+        held = await self._mesh.accept(cluster)
+        return held + (await self._remotes.accept(cluster) if self._remotes else 0)
+
     def _routes(self) -> Iterator[web.RouteDef]:
         config = self.config
         audit = resources.AuditSettings(config.audit, frozenset(config.audit_policies))
@@ -275,7 +319,7 @@ class Daemon:
         )
         yield from status.routes(glance)
         yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
-        yield from mesh.routes(self.tables)
+        yield from mesh.routes(self.tables, self._accept_deletions)
         yield from subject.routes(self.tables, lambda: self._program.settings.compile)
         kept = record_settings(config).directory if config.record.enabled else None
         yield from flows.routes(self._pipeline, kept)

@@ -1,26 +1,65 @@
-"""GET /v1/mesh and /v1/nodes: the clusters and nodes that this host knows, and how well."""
+"""/v1/mesh and /v1/nodes: the clusters and nodes that this host knows, and how well."""
 
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
+from daemon.api.app import ApiError
+from daemon.api.resources import filter_of
 from daemon.model.labels import format_labels
-from daemon.state.tables import NodeKey, NodeRow, StatusRow, Tables
+from daemon.model.net import Prefix  # noqa: TC001
+from daemon.model.rule import LabelSelector
+from daemon.policy.matching import matches
+from daemon.state.tables import IpKey, NodeKey, NodeRow, StatusRow, Tables
 
 Json = dict[str, Any]
 
 
-def routes(tables: Tables) -> list[web.RouteDef]:
-    """The routes, bound to the tables that they read."""
+CHUNK = 5000  # addresses looked at between two turns for others
+
+
+def routes(tables: Tables, accept: Callable[[str], Awaitable[int]]) -> list[web.RouteDef]:
+    """The routes, bound to the tables that they read. accept: believe the held deletions of a cluster."""
 
     async def mesh(_: web.Request) -> web.StreamResponse:
-        return web.json_response(mesh_json(tables))
+        conflicts = await conflicts_by_source(tables)
+        found = mesh_json(tables)
+        for one in found["clusters"]:
+            one["conflicts"] = conflicts[f"mesh:{one['name']}"]
+        return web.json_response(found)
+
+    async def accepted(request: web.Request) -> web.StreamResponse:
+        cluster = request.query.get("cluster", "")
+        if f"mesh:{cluster}" not in tables.status:
+            raise ApiError(404, f"no cluster {cluster!r} is known: `meshwall mesh status` lists them")
+        return web.json_response({"accepted": await accept(cluster)})
 
     async def nodes(request: web.Request) -> web.StreamResponse:
         cluster = request.query.get("cluster", "")
-        return web.json_response(nodes_json(tables, cluster))
+        return web.json_response(nodes_json(tables, cluster, filter_of(request).selector))
 
-    return [web.get("/v1/mesh", mesh), web.get("/v1/nodes", nodes)]
+    return [
+        web.get("/v1/mesh", mesh),
+        web.post("/v1/mesh/accept", accepted),
+        web.get("/v1/nodes", nodes),
+    ]
+
+
+async def conflicts_by_source(tables: Tables) -> Counter[str]:
+    """How many ranges of each source another cluster gives another identity."""
+    first: dict[Prefix, IpKey] = {}
+    clashing: set[IpKey] = set()
+    for number, key in enumerate([one for one in tables.ips if one.source.startswith("mesh:")]):
+        if not number % CHUNK:
+            await asyncio.sleep(0)
+        other = first.setdefault(key.prefix, key)
+        row, before = tables.ips.get(key), tables.ips.get(other)
+        if other != key and row and before and row.identity != before.identity:
+            clashing |= {key, other}
+    return Counter(one.source for one in clashing)
 
 
 def mesh_json(tables: Tables) -> Json:
@@ -32,6 +71,7 @@ def mesh_json(tables: Tables) -> Json:
     return {
         "store": _optional(rows.get("mesh")),
         "publish": _optional(rows.get("mesh publish")),
+        "files": _optional(rows.get("mesh files")),
         "clusters": [{"name": name, **row} for name, row in clusters.items()],
     }
 
@@ -44,9 +84,12 @@ def _row(row: StatusRow) -> Json:
     return {"ok": row.ok, "text": row.text, "hint": row.hint, "since": row.since, **row.details}
 
 
-def nodes_json(tables: Tables, cluster: str = "") -> Json:
-    """Nodes by cluster and name, of one cluster if it is given."""
-    found = sorted(key for key in tables.nodes if cluster in {"", key.cluster})
+def nodes_json(tables: Tables, cluster: str = "", selector: LabelSelector = LabelSelector(())) -> Json:  # noqa: B008
+    """Nodes by cluster and name, of one cluster if it is given, with labels that a selector matches."""
+    rows = tables.nodes.rows
+    found = sorted(
+        key for key, row in rows.items() if cluster in {"", key.cluster} and matches(selector, row.labels)
+    )
     return {"nodes": [_node(key, tables.nodes[key]) for key in found]}
 
 

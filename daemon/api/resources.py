@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -11,11 +12,13 @@ from bpf.syscall import LayoutMismatch
 from daemon.api.app import ApiError, Json, stream_rows
 from daemon.datapath.conntrack import Conntrack, CtRow
 from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_name
-from daemon.model.labels import format_labels
+from daemon.model.labels import LabelSet, format_labels, parse_labels
 from daemon.model.net import Direction, Prefix, parse_prefix, proto_name
 from daemon.model.problem import Problem
-from daemon.model.rule import NamedPort, Policy, PortMatch, Rule
+from daemon.model.rule import LabelSelector, NamedPort, Policy, PortMatch, Rule
 from daemon.policy.compile import HOST, Subject, selects
+from daemon.policy.matching import matches
+from daemon.policy.selectortext import parse_selector
 from daemon.state.tables import IpKey, IpRow, Tables
 
 MAX_LISTED_CT = 1_000_000
@@ -40,9 +43,9 @@ def routes(
         return web.json_response({"accepted": await accept_empty()})
 
     async def identities(request: web.Request) -> web.StreamResponse:
-        return await stream_rows(
-            request, {}, "identities", identity_rows(tables, request.query.get("label", ""))
-        )
+        wanted = filter_of(request)
+        rows = identity_rows(tables, request.query.get("label", ""), wanted)
+        return await stream_rows(request, {}, "identities", rows)
 
     async def identity(request: web.Request) -> web.StreamResponse:
         return web.json_response(identity_json(tables, request.match_info["number"]))
@@ -50,7 +53,7 @@ def routes(
     async def ips(request: web.Request) -> web.StreamResponse:
         wanted = _prefix(request.query.get("address", ""))
         number = _number(request.query.get("identity", ""))
-        return await stream_rows(request, {}, "ips", ip_rows(tables, wanted, number))
+        return await stream_rows(request, {}, "ips", ip_rows(tables, wanted, number, filter_of(request)))
 
     async def ct(request: web.Request) -> web.StreamResponse:
         rows = await asyncio.to_thread(_connections, pins, sizes)
@@ -174,12 +177,39 @@ def problem_json(one: Problem) -> Json:
 # Identities and addresses
 
 
-def identity_rows(tables: Tables, label: str = "") -> Iterator[Json]:
+class Filter(NamedTuple):
+    """Which rows are asked for: those of a source, and with labels that a selector matches."""
+
+    source: str = ""  # `local`, or all that begin with `mesh:` when it is `mesh`
+    selector: LabelSelector = LabelSelector(())
+
+    def by_source(self, source: str) -> bool:
+        """Whether the rows of a source are asked for."""
+        return self.source in {"", source, source.partition(":")[0]}
+
+    def by_labels(self, labels: LabelSet) -> bool:
+        """Whether the rows with these labels are."""
+        return matches(self.selector, labels)
+
+
+def filter_of(request: web.Request) -> Filter:
+    """`source`, `cluster` (short for `source=mesh:<cluster>`) and `selector` of a query."""
+    cluster = request.query.get("cluster", "")
+    try:
+        selector = parse_selector(request.query.get("selector", ""))
+    except ValueError as error:
+        raise ApiError(400, f"selector: {error}") from None
+    return Filter(f"mesh:{cluster}" if cluster else request.query.get("source", ""), selector)
+
+
+def identity_rows(tables: Tables, label: str = "", wanted: Filter = Filter()) -> Iterator[Json]:  # noqa: B008
     """Every identity in number order, reserved ones included; only those with `label` if it is given."""
     fixed = {Identity(one) for one in Reserved if one}
     for number in sorted(fixed | tables.identities.rows.keys()):
         row = _identity(tables, number)
-        if row is not None and (not label or label in row["labels"]):
+        if row is None or (label and label not in row["labels"]) or not wanted.by_source(row["source"]):
+            continue
+        if not wanted.selector.requirements or wanted.by_labels(parse_labels(row["labels"])):
             yield row
 
 
@@ -202,11 +232,18 @@ def identity_json(tables: Tables, text: str) -> Json:
     return found | {"ips": list(ip_rows(tables, None, number))}
 
 
-def ip_rows(tables: Tables, within: Prefix | None, identity: Identity | None) -> Iterator[Json]:
+def ip_rows(
+    tables: Tables,
+    within: Prefix | None,
+    identity: Identity | None,
+    wanted: Filter = Filter(),  # noqa: B008
+) -> Iterator[Json]:
     """Every claim in address order; those that cover or lie within a prefix, or of one identity."""
     for key in sorted(tables.ips.rows):
         row = tables.ips.get(key)
         if row is None or (identity is not None and row.identity != identity):
+            continue
+        if not wanted.by_source(key.source):
             continue
         if within is None or within.contains(key.prefix) or key.prefix.contains(within):
             yield _ip(key, row)

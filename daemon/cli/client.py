@@ -80,6 +80,19 @@ def output_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def origin_options(parser: argparse.ArgumentParser) -> None:
+    """`--cluster` and `--source`: who says so."""
+    parser.add_argument("--cluster", default="", metavar="NAME", help="only what this cluster says")
+    parser.add_argument(
+        "--source", default="", metavar="SOURCE", help="only from this source, such as local or file"
+    )
+
+
+def filters(*names: str) -> Callable[[argparse.Namespace], dict[str, str]]:
+    """These options as the query of a listing."""
+    return lambda options: {name: getattr(options, name) for name in names}
+
+
 def listing(
     target: str,
     lines: Callable[[Json], Sequence[str]],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from daemon.cli.client import Json, listing, output_option, printed, table
+from daemon.cli.client import Json, filters, listing, origin_options, output_option, printed, table
 
 if TYPE_CHECKING:
     import argparse
@@ -20,8 +20,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     many.add_argument(
         "--label", default="", metavar="LABEL", help="only with this label, such as k8s:app=web"
     )
+    many.add_argument(
+        "-l", "--selector", default="", metavar="SELECTOR", help="such as app=web,tier!=db,!canary"
+    )
+    origin_options(many)
     output_option(many)
-    many.set_defaults(run=listing("/v1/identities", _lines, lambda one: {"label": one.label}))
+    many.set_defaults(
+        run=listing("/v1/identities", _lines, filters("label", "selector", "cluster", "source"))
+    )
     single = verbs.add_parser("get", help="one, with its addresses")
     single.add_argument("identity", metavar="NUMBER|NAME")
     output_option(single)

@@ -7,12 +7,15 @@ when. The same code serves a shared etcd and the embedded store.
 import asyncio
 import gc
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 
+from clustermesh import keep
 from clustermesh.follow import Follower
 from clustermesh.kv import KV
 from clustermesh.publish import Host, Publisher, publishable
@@ -27,11 +30,11 @@ from clustermesh.remote import (
     Mesh,
     NodeDeleted,
     NodeUpserted,
-    Part,
     Remote,
     State,
+    store_of,
 )
-from clustermesh.trust import Trust
+from clustermesh.trust import Trust, version_warning
 from clustermesh.wire import Cidr, Node, parse_cidr
 from daemon.model.identity import Identity
 from daemon.model.labels import Label, parse_label
@@ -42,6 +45,37 @@ log = logging.getLogger(__name__)
 
 BULK = 100  # changes in one batch that are a listing, not life
 SYNC_WAIT_S = 15.0  # how long the tables wait for the first complete listing before they count as synced
+SAVE_AFTER_S = 5.0  # what changed is on disk this much later, and
+SAVE_SHARE = 50  # at most this small a part of the time is spent on that
+TOUCH_S = 30.0  # how exactly the disk knows when the store was last seen
+
+
+class Arrival:
+    """When the mesh's tables count as complete: everybody who is expected has told everything, or given up waiting."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._expected: set[str] = set()
+
+    def expect(self, name: str) -> None:
+        """Wait for this one too."""
+        self._expected.add(name)
+
+    def arrived(self, name: str) -> None:
+        """This one has told what it has."""
+        self._expected.discard(name)
+        if not self._expected:
+            for table in (self._tables.identities, self._tables.ips, self._tables.nodes):
+                table.mark_synced()
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all stores of a host have in common. `elsewhere`: clusters that have a store of their own."""
+
+    arrival: Arrival
+    ids: dict[int, str] = field(default_factory=dict)  # id -> cluster
+    elsewhere: set[str] = field(default_factory=set)
 
 
 class MeshSource:
@@ -56,29 +90,51 @@ class MeshSource:
         cluster_id: int,
         clusters: Mapping[str, int] | None = None,
         max_clusters: int = 255,
-        allowed: Mapping[str, Sequence[str]] | None = None,
-        trust: Trust | None = None,
-        parts: Sequence[Part] = SHARED_STORE,
+        prefixes: Mapping[str, Sequence[str]] | None = None,
+        protected: Sequence[str] = (),
+        only: str = "",
         name: str = "etcd",
+        shared: Shared | None = None,
+        keep: Path | None = None,
+        stale_after_s: float = 0.0,
         sync_wait_s: float = SYNC_WAIT_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """clusters: expected remote clusters, name -> id; without them every well-formed one is read.
 
-        allowed: per cluster the prefixes it may speak for; absent: any that is not ours.
+        prefixes: per cluster the ranges it may speak for; absent: any that is not ours. protected: ranges of
+        ours besides this host's addresses. only: the store is read for this cluster alone. keep: file for what
+        the store says. stale_after_s: how long what others said outlives the connection; 0: for ever.
         """
         self._tables = tables
-        self._trust = trust or Trust(
+        self._kv = kv
+        self._trust = Trust(
             cluster_name,
             cluster_id,
             max_clusters=max_clusters,
-            clusters=dict(clusters or {}),
-            allowed={one: tuple(map(parse_cidr, texts)) for one, texts in (allowed or {}).items()},
+            clusters={one: number for one, number in (clusters or {}).items() if only in {"", one}},
+            allowed={one: tuple(map(parse_cidr, texts)) for one, texts in (prefixes or {}).items()},
         )
-        self.mesh = Mesh(self._trust, parts, cidr=_prefix)
+        self._protected = tuple(map(parse_cidr, protected))
+        self._shared = shared or Shared(Arrival(tables))
+        self._shared.arrival.expect(only or name)
+        parts = store_of(only) if only else SHARED_STORE
+        self.mesh = Mesh(
+            self._trust,
+            parts,
+            cidr=_prefix,
+            ids=self._shared.ids,
+            elsewhere=set() if only else self._shared.elsewhere,
+        )
         self.follower = Follower(kv, self.mesh, self._apply, name=name, clock=clock)
         self.follower.on_connection(self._connection)
+        self._only = only
         self._name = name
+        self._keep = keep
+        self._kept = ""  # what is wrong with the file
+        self._changed = False  # since it was written
+        self._stale_after_s = stale_after_s
+        self._expired = False
         self._sync_wait_s = sync_wait_s
         self._clock = clock
         self._synced = asyncio.Event()  # every cluster has told everything, or was refused
@@ -87,11 +143,38 @@ class MeshSource:
     async def run(self) -> None:
         """For ever: keep the tables equal to the store, as far as it can be reached and believed."""
         await self._protect_host()
+        if not self._synced.is_set():
+            await self._restore()
         self._status_rows()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.follower.run())
             group.create_task(self._mark_synced())
+            if self._keep is not None:
+                group.create_task(self._save_changes(self._keep))
+            if self._stale_after_s:
+                group.create_task(self._expire())
             await self._host_changes()
+
+    def reconnect(self, kv: KV, *, another: bool) -> None:
+        """Follow this store instead, from the next `run` on; `another`: it is meant to hold other things."""
+        self._kv = kv
+        self.follower.use(kv, another=another)
+
+    async def leave(self, name: str) -> None:
+        """Forget a cluster, and what was kept of it if it has this store for itself."""
+        await self.follower.take(self.mesh.leave(name))
+        self._tables.status.delete(f"mesh:{name}")
+        if self._only:
+            self._shared.arrival.arrived(self._only)
+            if self._keep is not None:
+                self._keep.unlink(missing_ok=True)
+
+    async def accept(self, name: str) -> int:
+        """Believe the deletions of a cluster that are held; how many they were."""
+        remote = self.mesh.remotes.get(name)
+        held = self.mesh.counts(remote)["held"] if remote is not None else 0
+        await self.follower.take(self.mesh.release([name]))
+        return held
 
     async def _mark_synced(self) -> None:
         """The tables count as complete when all clusters have told everything, or when waiting any longer
@@ -103,8 +186,7 @@ class MeshSource:
             log.warning(
                 "%s: not synced after %g s, going on with what is known", self._name, self._sync_wait_s
             )
-        for table in (self._tables.identities, self._tables.ips, self._tables.nodes):
-            table.mark_synced()
+        self._shared.arrival.arrived(self._only or self._name)
 
     def _look_whether_synced(self) -> None:
         states = {one.state for one in self.mesh.remotes.values()}
@@ -123,8 +205,78 @@ class MeshSource:
 
     async def _protect_host(self) -> None:
         host = self._tables.host.get("host")
-        if host is not None:
-            await self.follower.take(self.mesh.protect(host.name, host.addresses))
+        name, addresses = (host.name, host.addresses) if host is not None else ("", frozenset())
+        await self.follower.take(self.mesh.protect(name, addresses, self._protected))
+
+    # -- on disk
+
+    async def _restore(self) -> None:
+        """Take in what the store said when it was last seen; it counts until the store says something else."""
+        if self._keep is None:
+            return
+        try:
+            header, seen_at = await asyncio.to_thread(self._kept_header, self._keep)
+            self.follower.remember(header.store, header.revision, seen_at)
+            await self.follower.take(self.mesh.restore(keep.pieces(self._keep)))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, keep.Unusable) as error:
+            self._kept = f"{self._keep} {getattr(error, 'strerror', None) or error}"
+            log.warning("%s; going on without what it says", self._kept)
+            return
+        log.info("%s: %d addresses as they were last known", self._name, len(self._tables.ips))
+        self._connection()
+        self._synced.set()
+        self._shared.arrival.arrived(self._only or self._name)
+
+    def _kept_header(self, path: Path) -> tuple[keep.Header, float]:
+        """What was kept, if it may be used, and when the store was last seen. Raises OSError or keep.Unusable."""
+        header, seen_at = keep.check(path), path.stat().st_mtime
+        if header.own_cluster != self._trust.own_cluster:
+            raise keep.Unusable(f"was written by a host of cluster {header.own_cluster}")
+        if self._stale_after_s and self._clock() - seen_at > self._stale_after_s:
+            raise keep.Unusable("is older than remote_stale_after")
+        return header, seen_at
+
+    async def _save_changes(self, path: Path) -> None:
+        """Keep the file like the tables, without ever costing much."""
+        while True:
+            await asyncio.sleep(SAVE_AFTER_S)
+            follower = self.follower
+            if not follower.connected or not follower.store or not self._synced.is_set():
+                continue
+            took_s = 0.0
+            try:
+                if self._changed:
+                    self._changed = False
+                    began = time.process_time()
+                    header = keep.Header(follower.store, follower.revision, self._trust.own_cluster)
+                    await keep.save(path, header, self.mesh.dump())
+                    took_s = time.process_time() - began
+                else:
+                    await asyncio.to_thread(_touch, path)
+                self._kept = ""
+            except OSError as error:
+                self._changed = True
+                if not self._kept:
+                    log.warning("%s cannot be written: %s", path, error.strerror)
+                self._kept = f"{path} cannot be written: {error.strerror}"
+            await asyncio.sleep(took_s * SAVE_SHARE)
+
+    async def _expire(self) -> None:
+        """What others said does not outlive their store for longer than is set."""
+        lost_at = time.monotonic() - max(0.0, self._clock() - (self.follower.lost_since or self._clock()))
+        while True:
+            await asyncio.sleep(min(5.0, self._stale_after_s / 4))
+            if self.follower.connected:
+                lost_at, self._expired = time.monotonic(), False
+            elif not self._expired and time.monotonic() - lost_at > self._stale_after_s:
+                log.warning(
+                    "%s: out of reach for %g s, what it said expires", self._name, self._stale_after_s
+                )
+                self._expired = True
+                await self.follower.take(self.mesh.expire())
+                self._status_rows()
 
     # -- rows
 
@@ -133,6 +285,7 @@ class MeshSource:
             # Rows live long and are in no cycles: without this the collector walks all of them again and
             # again, 0.2 s at a time for 100,000 of them.
             gc.freeze()
+        self._changed = True
         for change in changes:
             source = sys.intern(f"mesh:{change.cluster}")  # one text for all the rows of a cluster
             match change:
@@ -190,25 +343,45 @@ class MeshSource:
         self._look_whether_synced()
 
     def _status_rows(self) -> None:
+        if not self._only:
+            self._store_row()
+        for remote in self.mesh.remotes.values():
+            self._status_row(remote)
+
+    def _store_row(self) -> None:
+        """How the shared store is."""
         follower = self.follower
-        if follower.connected:
-            text, hint = f"{self._name} connected, revision {follower.revision}", ""
-        elif follower.error:
-            text = f"unreachable: {follower.error}"
-            hint = "what is known stays in force; check the endpoints, the certificates and the network"
-        else:
-            text, hint = "connecting", ""
+        text, hint = self._connection_text()
         details = {
-            "revision": follower.revision,
-            "reconnects": follower.reconnects,
+            **self._connection_details(),
             "waiting": self.mesh.waiting,
             "strays": dict(self.mesh.strays),
-            "denied": dict(follower.denied),
             "lost_since": follower.lost_since,
         }
         self._put_status("mesh", StatusRow(follower.connected, text, hint, details=details))
-        for remote in self.mesh.remotes.values():
-            self._status_row(remote)
+
+    def _connection_text(self) -> tuple[str, str]:
+        """The connection in words, and what to do about it."""
+        follower = self.follower
+        if follower.connected:
+            return f"{self._name} connected, revision {follower.revision}", ""
+        if follower.error:
+            known = "what is known stays in force" if not self._expired else "what was known has expired"
+            return (
+                f"unreachable: {follower.error}",
+                f"{known}; check the endpoints, the certificates and the network",
+            )
+        return "connecting", ""
+
+    def _connection_details(self) -> dict[str, object]:
+        follower = self.follower
+        return {
+            "revision": follower.revision,
+            "reconnects": follower.reconnects,
+            "denied": dict(follower.denied),
+            "version": self._kv.version,
+            "warnings": [one for one in (version_warning(self._kv.version), self._kept) if one],
+        }
 
     def _status_row(self, remote: Remote) -> None:
         counts = self.mesh.counts(remote)
@@ -219,24 +392,26 @@ class MeshSource:
         if remote.fault:
             text, hint = f"refused: {remote.fault}", "fix cilium/cluster-config, or the clusters of this host"
         elif remote.held_since:
-            text, hint = (
-                f"{counts['held']} deletions held",
-                "too much vanished at once; believed after 5 minutes",
-            )
-        if lost and self.follower.complete:
+            text = f"{counts['held']} deletions held: too much vanished at once"
+            hint = f"believed after 5 minutes, or by: meshwall mesh accept {remote.name}"
+        if lost and self._only:
+            text, hint = self._connection_text()
+        elif lost and self.follower.lost_since:
             text = f"{text}, stale: the store is out of reach"
         details: dict[str, object] = {
             "id": remote.config.id if remote.config else self._trust.clusters.get(remote.name, 0),
             "state": state.name.lower(),
             "connected": not lost,
             "stale_since": self.follower.lost_since,
-            "revision": remote.revision,
             "cached": remote.cached,
             "own": remote.name == self._trust.own_cluster,
+            "own_store": bool(self._only),
             **counts,
             "refused_by_reason": dict(remote.refused),
             "refusals": dict(list(remote.refusals.items())[:20]),
+            **(self._connection_details() if self._only else {}),
         }
+        details["revision"] = max(remote.revision, self.follower.revision if self._only else 0)
         ok = state is State.SYNCED and not lost and not remote.held_since and not remote.fault
         self._put_status(f"mesh:{remote.name}", StatusRow(ok, text, hint, details=details))
 
@@ -257,6 +432,12 @@ def _label(text: str) -> Label:
 def _prefix(cidr: Cidr) -> Prefix:
     """The same range as the tables have it; the mesh keeps this object too."""
     return cidr if isinstance(cidr, Prefix) else Prefix(*cidr)
+
+
+def _touch(path: Path) -> None:
+    """The file's time says when the store was last seen."""
+    if time.time() - path.stat().st_mtime > TOUCH_S:
+        os.utime(path)
 
 
 def _node_row(node: Node, source: str) -> NodeRow:

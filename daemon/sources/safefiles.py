@@ -39,10 +39,12 @@ def stamp_of(directory: int, name: str) -> Stamp:
     return _stamp(os.stat(name, dir_fd=directory, follow_symlinks=False))
 
 
-def read_file(directory: int, name: str, *, most_bytes: int, owner_check: bool) -> tuple[Stamp, str]:
-    """A file's text. Raises OSError or UnsafeError; never blocks on a pipe or device."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    if stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+def read_file(
+    directory: int, name: str, *, most_bytes: int, owner_check: bool, follow: bool = False
+) -> tuple[Stamp, str]:
+    """A file's text, through a link only with `follow`. Raises OSError or UnsafeError; never blocks on a pipe."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    if not follow and stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
         raise UnsafeError("is a symbolic link, expected a regular file: copy it here")
     with os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as file:
         found = os.fstat(file.fileno())

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from clustermesh import wire
-from clustermesh.etcd import EtcdKV, EtcdSettings
+from clustermesh.etcd import EtcdKV
 from clustermesh.etcdpb import etcd_pb2 as pb
+from clustermesh.settings import EtcdSettings
 from daemon.sources.mesh import MeshSource
 from daemon.state.tables import Tables
 

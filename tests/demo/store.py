@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from places import CLUSTERS, ETCD, HOSTS, NEWCOMER, PODS, Host, Pod
 
 from clustermesh import wire
-from clustermesh.etcd import EtcdKV, EtcdSettings
+from clustermesh.etcd import EtcdKV
 from clustermesh.kv import KVError
+from clustermesh.settings import EtcdSettings
 
 
 def node_of(host: Host) -> wire.Node:
@@ -72,7 +73,7 @@ async def beat(kv: EtcdKV) -> None:
 
 
 async def run(arguments: list[str]) -> None:
-    kv = EtcdKV(EtcdSettings((ETCD,)))
+    kv = EtcdKV(EtcdSettings((ETCD,), insecure_transport=True))
     try:
         match arguments:
             case ["fill"]:

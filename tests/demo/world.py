@@ -358,7 +358,7 @@ def configuration(host: Host) -> dict[str, object]:
         "run_dir": str(directory / "run"),
         "state_dir": str(directory / "state"),
         "devices": ["net0"],
-        "etcd": {"endpoints": [ETCD]},
+        "etcd": {"endpoints": [ETCD], "insecure_transport": True},
         "clusters": {name: number for name, number in CLUSTERS.items() if name != host.cluster},
     }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clustermesh.etcd import EtcdKV, EtcdSettings
+from clustermesh.etcd import EtcdKV
+from clustermesh.settings import EtcdSettings
 
 BINARY = shutil.which("etcd") or "/usr/bin/etcd"
 

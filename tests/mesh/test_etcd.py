@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clustermesh.etcd import EtcdKV, EtcdSettings, EtcdSettingsError
+from clustermesh.etcd import EtcdKV
 from clustermesh.kv import KV, Compacted, ConnectionLost, Event, LeaseLost, MemoryKV
+from clustermesh.settings import EtcdSettings, EtcdSettingsError
 
 
 @pytest.fixture(params=["etcd", "memory"])

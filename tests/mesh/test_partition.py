@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from clustermesh import wire
-from clustermesh.etcd import EtcdKV, EtcdSettings
+from clustermesh.etcd import EtcdKV
 from clustermesh.follow import Backoff
+from clustermesh.settings import EtcdSettings
 from daemon.sources.mesh import MeshSource
 from daemon.state.tables import Tables
 

@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from clustermesh import wire
-from clustermesh.etcd import EtcdKV, EtcdSettings
+from clustermesh.etcd import EtcdKV
 from clustermesh.follow import Backoff
 from clustermesh.publish import Host, Publisher, publishable
+from clustermesh.settings import EtcdSettings
 
 HOST = Host("alpha", 1, "a1", publishable(["10.0.0.1", "127.0.0.1", "fe80::1", "fd00::1"]), {"role": "infra"})
 NODE = wire.node_key("alpha", "a1")

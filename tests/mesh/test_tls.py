@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from clustermesh import wire
-from clustermesh.etcd import EtcdKV, EtcdSettings
+from clustermesh.etcd import EtcdKV
 from clustermesh.kv import ConnectionLost, Denied
+from clustermesh.settings import EtcdSettings
 
 PASSWORD = "right"
 

@@ -61,7 +61,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 def test_the_environment_wins_over_the_file() -> None:
     config = read(
-        "audit: false\netcd: {endpoints: ['http://a:1'], username: u}\n",
+        "audit: false\netcd: {endpoints: ['https://a:1'], username: u}\n",
         MESHWALL_AUDIT="true",
         MESHWALL_ETCD__ENDPOINTS="https://b:2,https://c:3",
         MESHWALL_ETCD__PASSWORD="0123",
@@ -86,7 +86,7 @@ def test_a_wrong_variable_is_named() -> None:
 
 
 def test_a_password_is_never_shown() -> None:
-    text = "etcd: {endpoints: ['http://a:1'], username: u, password: [hunter2]}\n"
+    text = "etcd: {endpoints: ['https://a:1'], username: u, password: [hunter2]}\n"
     assert "hunter2" not in complaint(text)
     assert "hunter2" not in repr(read(text.replace("[hunter2]", "hunter2")))
 
