@@ -35,6 +35,9 @@ from bpf.syscall import (
 
 SIOCGIFHWADDR = 0x8927
 ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772
+# Devices whose packets begin with layer 3: as the kernel's dev_is_mac_header_xmit() has it. PPP, RAWIP, TUNNEL,
+# TUNNEL6, SIT, IPGRE, IP6GRE, and NONE: tun, WireGuard, xfrm
+ARPHRD_BARE = frozenset({512, 519, 768, 769, 776, 778, 823, 0xFFFE})
 
 
 class XdpMode(Enum):
@@ -58,6 +61,8 @@ class Hook:
 XDP = Hook("xdp", "xdp", AttachType.XDP)
 INGRESS = Hook("ingress", "tcx_ingress", AttachType.TCX_INGRESS)
 EGRESS = Hook("egress", "tcx_egress", AttachType.TCX_EGRESS)
+INGRESS_L3 = Hook(INGRESS.name, "tcx_ingress_l3", INGRESS.attach_type)
+EGRESS_L3 = Hook(EGRESS.name, "tcx_egress_l3", EGRESS.attach_type)
 HOOKS = (INGRESS, EGRESS, XDP)  # XDP last: it may mark packets only when TCX reads the mark
 
 
@@ -158,6 +163,8 @@ def attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str, bool]
             _remove(_link_path(pins, ifindex, _xdp(other)))
     if not wanted:
         return "off", "", False
+    if not has_link_header(ifindex):
+        return "off", "no XDP on devices without link header; TCX carries the policy alone", False
     try:
         _put(pins, ifindex, _xdp(wanted), flags[wanted])
     except OSError as error:
@@ -174,32 +181,39 @@ def attach_xdp(pins: Path, ifindex: int, mode: XdpMode) -> tuple[str, str, bool]
     return wanted, "", False
 
 
-def _check_link_header(ifindex: int) -> None:
-    """OSError unless frames of this device begin with an Ethernet header, which is all that the parser knows."""
+def has_link_header(ifindex: int) -> bool:
+    """Do frames of this device begin with an Ethernet header? OSError when they begin with another one."""
     name = socket.if_indextoname(ifindex)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         reply = fcntl.ioctl(handle, SIOCGIFHWADDR, struct.pack("16s24x", name.encode()))
     (kind,) = struct.unpack_from("=H", reply, 16)
-    if kind not in (ARPHRD_ETHER, ARPHRD_LOOPBACK):
-        raise OSError(
-            errno.EOPNOTSUPP, f"device {name} is not Ethernet (type {kind}): its packets cannot be judged"
-        )
+    if kind in (ARPHRD_ETHER, ARPHRD_LOOPBACK):
+        return True
+    if kind in ARPHRD_BARE:
+        return False
+    raise OSError(
+        errno.EOPNOTSUPP, f"device {name} is neither Ethernet nor bare IP (type {kind}): it cannot be judged"
+    )
+
+
+def _tcx_hooks(ifindex: int) -> tuple[Hook, Hook]:
+    return (INGRESS, EGRESS) if has_link_header(ifindex) else (INGRESS_L3, EGRESS_L3)
 
 
 def attach(pins: Path, ifindex: int, xdp: XdpMode) -> Attachment:
     """Put the pinned programs on a device. OSError names the hook; TCX that was attached before stays."""
-    _check_link_header(ifindex)
+    on_way_in, on_way_out = _tcx_hooks(ifindex)
     if has_tcx():
         if _elsewhere(pins, ifindex):
             detach(pins, ifindex)
         # first in the chain: a program in front of ours could accept a packet that we never see
-        _put(pins, ifindex, INGRESS, BPF_F_BEFORE)
-        _put(pins, ifindex, EGRESS, BPF_F_BEFORE)
+        _put(pins, ifindex, on_way_in, BPF_F_BEFORE)
+        _put(pins, ifindex, on_way_out, BPF_F_BEFORE)
         by = "tcx"
     else:
         with (
-            _opened(home(pins) / "progs" / INGRESS.program) as ingress,
-            _opened(home(pins) / "progs" / EGRESS.program) as egress,
+            _opened(home(pins) / "progs" / on_way_in.program) as ingress,
+            _opened(home(pins) / "progs" / on_way_out.program) as egress,
         ):
             clsact.attach(ifindex, ingress, egress)
             _mark_clsact(pins, ifindex, ingress)
@@ -247,7 +261,7 @@ def _on(pins: Path, ifindex: int, hook: Hook) -> bool:
 def _in_front(pins: Path, ifindex: int) -> str:
     """A note about programs of others that run before ours and could accept a packet that we never see."""
     found = []
-    for hook in (INGRESS, EGRESS):
+    for hook in _tcx_hooks(ifindex):
         chain = prog_query(ifindex, hook.attach_type)
         if _program_id(pins, hook) in chain[1:]:
             found.append(
@@ -258,15 +272,16 @@ def _in_front(pins: Path, ifindex: int) -> str:
 
 def status(pins: Path, ifindex: int) -> Attachment:
     """What is attached now, as the kernel sees it."""
-    note = ""
-    if not has_tcx():
+    note, by = "", "tcx" if has_tcx() else "clsact"
+    try:
+        hooks = _tcx_hooks(ifindex)
+    except OSError:  # has gone, or is of a kind that never had ours
+        return Attachment(ifindex, ingress=False, egress=False, xdp="off", by=by)
+    if by == "clsact":
         there = clsact.status(ifindex)
-        ingress, egress = (
-            _program_id(pins, hook) == one for hook, one in zip((INGRESS, EGRESS), there, strict=True)
-        )
-        by = "clsact"
+        ingress, egress = (_program_id(pins, hook) == one for hook, one in zip(hooks, there, strict=True))
     else:
-        ingress, egress, by = _on(pins, ifindex, INGRESS), _on(pins, ifindex, EGRESS), "tcx"
+        ingress, egress = (_on(pins, ifindex, hook) for hook in hooks)
         note = _in_front(pins, ifindex) if ingress and egress else ""
     on = [mode for mode in ("native", "generic") if _on(pins, ifindex, _xdp(mode))]
     return Attachment(ifindex, ingress, egress, on[0] if on else "off", by, note)

@@ -53,7 +53,13 @@ SOURCES = (
     "host.c",
 )
 DEBIAN_PACKAGES = "/usr/lib/python3/dist-packages"  # bcc comes from the distribution, not from PyPI
-PROGRAMS = {"xdp": ProgType.XDP, "tcx_ingress": ProgType.SCHED_CLS, "tcx_egress": ProgType.SCHED_CLS}
+PROGRAMS = {
+    "xdp": ProgType.XDP,
+    "tcx_ingress": ProgType.SCHED_CLS,
+    "tcx_egress": ProgType.SCHED_CLS,
+    "tcx_ingress_l3": ProgType.SCHED_CLS,
+    "tcx_egress_l3": ProgType.SCHED_CLS,
+}
 DEFAULT_EVENT_BUDGET = 1_000
 DEFAULT_REJECT_BUDGET = 100
 
@@ -184,12 +190,11 @@ def name_fixed_slots(slot_info: PinnedMap) -> None:
 def check_programs(loaded: Loaded) -> None:
     """A frame that is not IP passes everywhere: a program that fails this is never attached."""
     frame = bytes(12) + b"\x88\xcc" + bytes(50)
-    wanted = {"xdp": 2, "tcx_ingress": 0xFFFFFFFF, "tcx_egress": 0xFFFFFFFF}
     for name, fd in loaded.fds.items():
-        value = prog_test_run(fd, frame).value
-        if value != wanted[name]:
+        value, wanted = prog_test_run(fd, frame).value, 2 if name == "xdp" else 0xFFFFFFFF
+        if value != wanted:
             raise LoaderError(
-                f"program {name} answers {value:#x} to a frame that is not IP, expected {wanted[name]:#x}"
+                f"program {name} answers {value:#x} to a frame that is not IP, expected {wanted:#x}"
             )
 
 

@@ -221,18 +221,27 @@ static __always_inline int judged_by_xdp(struct __sk_buff *ctx)
 	return (void *)(mark + 1) <= (void *)(long)ctx->data && *mark == (COOKIE ^ ctx->ifindex);
 }
 
-static __always_inline void parse_skb(struct __sk_buff *ctx, struct packet *p)
+static __always_inline void parse_skb(struct __sk_buff *ctx, struct packet *p, const struct scope *s)
 {
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+
 	p->length = ctx->len;
 	p->offload = ctx->gso_size != 0;
-	p->malformed = parse_frame(p, (void *)(long)ctx->data, (void *)(long)ctx->data_end, ctx->vlan_present ? 1 : 0);
+	if (s->bare) {
+		p->ethertype = ctx->protocol;
+		p->malformed = parse_packet(p, data, end);
+	} else {
+		p->malformed = parse_frame(p, data, end, ctx->vlan_present ? 1 : 0);
+	}
 	if (p->malformed)
 		p->class = CLASS_MALFORMED;
 }
 
-static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
+static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction, __u32 bare)
 {
-	struct scope s = { .direction = direction, .hook = direction == INGRESS ? HOOK_TCX_INGRESS : HOOK_TCX_EGRESS };
+	struct scope s = {
+		.direction = direction, .hook = direction == INGRESS ? HOOK_TCX_INGRESS : HOOK_TCX_EGRESS, .bare = bare,
+	};
 	int whole = 0;
 	struct scratch *scratch;
 	struct outcome *o;
@@ -259,7 +268,7 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
 			count_reason(p, &s, REASON_NOT_ENFORCED);
 			return TCX_NEXT;
 		}
-		parse_skb(ctx, p);
+		parse_skb(ctx, p, &s);
 		REFRESH();
 		if (p->malformed != NOT_LINEAR || whole)
 			break;
@@ -291,10 +300,21 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction)
 
 int tcx_ingress(struct __sk_buff *ctx)
 {
-	return tcx(ctx, INGRESS);
+	return tcx(ctx, INGRESS, 0);
 }
 
 int tcx_egress(struct __sk_buff *ctx)
 {
-	return tcx(ctx, EGRESS);
+	return tcx(ctx, EGRESS, 0);
+}
+
+/* For tunnels and other devices without link header. */
+int tcx_ingress_l3(struct __sk_buff *ctx)
+{
+	return tcx(ctx, INGRESS, 1);
+}
+
+int tcx_egress_l3(struct __sk_buff *ctx)
+{
+	return tcx(ctx, EGRESS, 1);
 }

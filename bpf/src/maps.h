@@ -58,6 +58,7 @@ static __u64 (*xdp_buff_len)(struct xdp_md *ctx) = (void *)188;
 struct scope {
 	__u32 generation, buffer, flags, enforced;
 	__u32 direction, hook, ifindex, segments;
+	__u32 bare;	/* frames of this device begin with layer 3 */
 };
 
 static __always_inline void read_config(struct scope *s)

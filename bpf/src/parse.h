@@ -384,29 +384,11 @@ static __always_inline int parse_ip6(struct packet *p, void *data, void *end)
 	return 0;
 }
 
-/* Fills @p, which the caller has zeroed but for length and offload. 0, a REASON_ or NOT_LINEAR.
- * @tags: VLAN tags that the device has taken off the frame.
- */
-static __always_inline int parse_frame(struct packet *p, void *data, void *end, __u32 tags)
+/* Up to layer 3, from l3_off on, what ethertype says. */
+static __always_inline int parse_packet(struct packet *p, void *data, void *end)
 {
-	__u64 off = sizeof(struct eth);
-	struct vlan_tag *tag;
-	struct eth *eth;
 	int reason;
 
-	HEADER(eth, 0, p->length, REASON_SHORT_ETH);
-	p->ethertype = eth->type;
-	p->group = eth->dst[0] & 1;
-	for (int i = 0; i < 3; i++) {
-		if (p->ethertype != be16(0x8100) && p->ethertype != be16(0x88a8))
-			break;
-		if (++tags > 2)
-			return REASON_VLAN_DEPTH;
-		HEADER(tag, off, p->length, REASON_SHORT_VLAN);
-		p->ethertype = tag->type;
-		off += sizeof(*tag);
-	}
-	p->l3_off = off;
 	REFRESH();
 	if (p->ethertype == be16(0x0800)) {
 		reason = parse_ip4(p, data, end);
@@ -424,6 +406,31 @@ static __always_inline int parse_frame(struct packet *p, void *data, void *end, 
 	if (reason || p->class == CLASS_FRAG_NONFIRST)
 		return reason;
 	return parse_l4(p, data, end);
+}
+
+/* Fills @p, which the caller has zeroed but for length and offload. 0, a REASON_ or NOT_LINEAR.
+ * @tags: VLAN tags that the device has taken off the frame.
+ */
+static __always_inline int parse_frame(struct packet *p, void *data, void *end, __u32 tags)
+{
+	__u64 off = sizeof(struct eth);
+	struct vlan_tag *tag;
+	struct eth *eth;
+
+	HEADER(eth, 0, p->length, REASON_SHORT_ETH);
+	p->ethertype = eth->type;
+	p->group = eth->dst[0] & 1;
+	for (int i = 0; i < 3; i++) {
+		if (p->ethertype != be16(0x8100) && p->ethertype != be16(0x88a8))
+			break;
+		if (++tags > 2)
+			return REASON_VLAN_DEPTH;
+		HEADER(tag, off, p->length, REASON_SHORT_VLAN);
+		p->ethertype = tag->type;
+		off += sizeof(*tag);
+	}
+	p->l3_off = off;
+	return parse_packet(p, data, end);
 }
 
 /* Addresses that no packet from the wire can have. */

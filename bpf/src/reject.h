@@ -198,7 +198,7 @@ static __always_inline int answer(struct __sk_buff *ctx, struct packet *p, struc
 	if (!BOUNDED(length, sizeof(struct ip4), sizeof(*out)))
 		return TCX_DROP;
 	if (bpf_skb_change_tail(ctx, p->l3_off + length, 0) ||
-	    bpf_skb_store_bytes(ctx, p->l3_off, out, length, BPF_F_INVALIDATE_HASH) || swap_macs(ctx))
+	    bpf_skb_store_bytes(ctx, p->l3_off, out, length, BPF_F_INVALIDATE_HASH) || (!s->bare && swap_macs(ctx)))
 		return TCX_DROP;
 	count(map_find(answered, &direction), p, s);
 	if (direction == INGRESS)
