@@ -25,13 +25,14 @@ from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
 from clustermesh.settings import DEFAULT_PORT, EtcdSettings
-from daemon.api import app, flows, mesh, metrics, resources, status, subject
+from daemon.api import app, flows, mesh, metrics, report, resources, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.flows.pipeline import FlowPipeline
 from daemon.flows.record import Recorder, RecordSettings
+from daemon.flows.usage import RuleUsage
 from daemon.model.net import Direction, Proto, parse_prefix
 from daemon.policy.ccnp import LanguageSettings
 from daemon.policy.compile import CompileSettings, Failsafe
@@ -199,6 +200,7 @@ class Daemon:
         )
         self._devices = Devices(self.tables, config.pins, config.devices, XdpMode(config.xdp))
         self._program = Program(self.tables, program_settings(config), self._devices)
+        self._usage = RuleUsage(self.tables, config.pins, config.state_dir)
         self._pipeline = FlowPipeline(self.tables, config.pins, capacity=config.flows)
         self._api = app.Api(config.socket, config.socket_group, self._routes())
 
@@ -240,6 +242,7 @@ class Daemon:
         yield "host", self._host.run
         yield "policy files", self._files.run
         yield from self._mesh_work()
+        yield "rule usage", self._usage.run
         yield "flows", self._pipeline.run
         if self.config.record.enabled:
             yield "record", Recorder(record_settings(self.config), self._pipeline, self.tables).run
@@ -320,6 +323,7 @@ class Daemon:
         yield from status.routes(glance)
         yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
         yield from mesh.routes(self.tables, self._accept_deletions)
+        yield from report.routes(self.tables, audit, self._usage)
         yield from subject.routes(self.tables, lambda: self._program.settings.compile)
         kept = record_settings(config).directory if config.record.enabled else None
         yield from flows.routes(self._pipeline, kept)

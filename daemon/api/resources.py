@@ -101,7 +101,7 @@ def policy_json(tables: Tables, audit: AuditSettings, name: str) -> Json:
     for one in tables.policies.rows.values():
         if one.title == name:
             return _policy(tables, audit, one) | {
-                "rules": [_rule(rule) for spec in one.specs for rule in spec.rules]
+                "rules": [rule_json(rule) for spec in one.specs for rule in spec.rules]
             }
     raise ApiError(404, f"no policy {name!r}; `meshwall policy list` has the names")
 
@@ -139,7 +139,8 @@ def policy_state(tables: Tables, audit: AuditSettings, policy: Policy) -> tuple[
     return "enforced", ""
 
 
-def _rule(rule: Rule) -> Json:
+def rule_json(rule: Rule) -> Json:
+    """A rule as people read it: `peers` None is anybody, `ports` None everything."""
     origin = rule.origin
     kind = "Deny" if origin.deny else ""
     return {

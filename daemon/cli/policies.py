@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from daemon.cli import policy, replay
+from daemon.cli import policy, replay, report
 from daemon.cli.client import DaemonError, Json, ask, fail, listing, output_option, printable, printed, table
 
 Subparsers = argparse._SubParsersAction
@@ -13,7 +13,7 @@ Subparsers = argparse._SubParsersAction
 
 def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     """Add the noun with all its verbs."""
-    policy.register(subparsers, (_register_online, replay.register))
+    policy.register(subparsers, (_register_online, replay.register, report.register))
 
 
 def _register_online(verbs: "Subparsers[argparse.ArgumentParser]") -> None:

@@ -180,6 +180,17 @@ class Spec:
     line: int = 0
 
 
+class Review(NamedTuple):
+    """What people who review rules want to know of a policy, from its annotations; empty where it says nothing."""
+
+    owner: str = ""
+    reason: str = ""
+    by: str = ""  # the date, YYYY-MM-DD, by which somebody has to look again
+
+
+NO_REVIEW = Review()
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """One CCNP or CNP document, valid and lowered."""
@@ -192,6 +203,7 @@ class Policy:
     specs: tuple[Spec, ...] = ()
     uid: str = ""
     denied: str = ""  # what a packet that it denies gets: `drop`, `reject`, or empty: as the host is set
+    review: Review = NO_REVIEW
 
     @property
     def title(self) -> str:

@@ -51,7 +51,7 @@ def advise(
                     *_failsafe_covered(rule, spec, failsafe),
                 ]
                 found += [_warning(rule, text) for text in texts]
-    found += _shadowed(policies)
+    found += [_warning(rule, text) for rule, text in shadowed(policies)]
     return found
 
 
@@ -215,24 +215,22 @@ def _covers_port(rule: Rule, proto: int, port: int) -> bool:
 # Shadowed rules
 
 
-def _shadowed(policies: Sequence[Policy]) -> list[Problem]:
-    """Rules that another rule for the same subjects makes useless; each is reported once."""
+def shadowed(policies: Sequence[Policy]) -> Iterator[tuple[Rule, str]]:
+    """Rules that another rule for the same subjects makes useless, and by which; each is reported once."""
     by_subject: dict[tuple[SubjectKind, LabelSelector, Direction], list[Rule]] = {}
     for policy in policies:
         for spec in policy.specs:
             for rule in spec.rules:
                 by_subject.setdefault((spec.kind, spec.subject, rule.direction), []).append(rule)
-    found = []
     for rules in by_subject.values():
         if len(rules) <= MAX_COMPARED:
-            found += list(_shadowed_among(rules))
-    return found
+            yield from _shadowed_among(rules)
 
 
 MAX_COMPARED = 400  # rules of one subject that are compared pairwise
 
 
-def _shadowed_among(rules: Sequence[Rule]) -> Iterator[Problem]:
+def _shadowed_among(rules: Sequence[Rule]) -> Iterator[tuple[Rule, str]]:
     for at, rule in enumerate(rules):
         if rule.peers == () or rule.ports == () or rule.layer7_ports:
             continue
@@ -246,9 +244,7 @@ def _shadowed_among(rules: Sequence[Rule]) -> Iterator[Problem]:
             if rule.auth != other.auth and not other.deny:
                 continue
             why = "never takes effect: the deny in" if other.deny and not rule.deny else "adds nothing to"
-            yield _warning(
-                rule, f"{why} {describe(other.origin)}" + (" covers it" if other.deny != rule.deny else "")
-            )
+            yield rule, f"{why} {describe(other.origin)}" + (" covers it" if other.deny != rule.deny else "")
             break
 
 

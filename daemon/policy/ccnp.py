@@ -7,11 +7,13 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import NamedTuple
 
 from daemon.model.net import Direction, Prefix, Proto
 from daemon.model.problem import Problem
 from daemon.model.rule import (
+    NO_REVIEW,
     CidrGroup,
     CidrSelector,
     GroupSelector,
@@ -22,6 +24,7 @@ from daemon.model.rule import (
     PortMatch,
     PortRange,
     Requirement,
+    Review,
     Rule,
     RuleOrigin,
     Selector,
@@ -43,6 +46,8 @@ API_VERSIONS = {
 }
 OWN_ANNOTATIONS = "meshwall.io/"
 DENIED = OWN_ANNOTATIONS + "denied"
+OWNER, WHY, REVIEW_BY = (OWN_ANNOTATIONS + one for one in ("owner", "reason", "review-by"))
+_ANNOTATIONS = (DENIED, OWNER, WHY, REVIEW_BY)
 DENIED_VALUES = ("drop", "reject")
 MAX_PORTS = 40  # in one block
 MAX_LISTED_PROBLEMS = 20  # of one plain list
@@ -255,25 +260,46 @@ class _Policies(Reader):
         if labels is not None and labels.kind != "null" and self.expect(labels, "metadata.labels", "mapping"):
             for key, value in labels.fields.items():
                 pairs.append(f"{key}={self.text(value, f'metadata.labels.{key}')}")
-        return _Metadata(name, namespace, uid, tuple(pairs), self.denied(fields.get("annotations")))
+        ours = self.annotations(fields.get("annotations"))
+        review = Review(
+            self.text(ours.get(OWNER), f"metadata.annotations.{OWNER}"),
+            self.text(ours.get(WHY), f"metadata.annotations.{WHY}"),
+            self.date(ours.get(REVIEW_BY), f"metadata.annotations.{REVIEW_BY}"),
+        )
+        return _Metadata(name, namespace, uid, tuple(pairs), self.denied(ours.get(DENIED)), review)
 
-    def denied(self, node: Node | None) -> str:
-        """The annotation that says what a denied packet gets; other annotations of ours do not exist."""
+    def annotations(self, node: Node | None) -> Mapping[str, Node]:
+        """Those of ours; one of ours that does not exist is a mistake in writing."""
         path = "metadata.annotations"
         if node is None or node.kind == "null" or not self.expect(node, path, "mapping"):
-            return ""
-        for key, value in node.fields.items():
-            if key.startswith(OWN_ANNOTATIONS) and key != DENIED:
-                self.fail(value, f"{path}.{key}", f"unknown annotation: expected {DENIED}")
-        if DENIED not in node.fields:
-            return ""
-        text = self.text(node.fields[DENIED], f"{path}.{DENIED}")
-        if text not in DENIED_VALUES:
+            return {}
+        ours = {key: value for key, value in node.fields.items() if key.startswith(OWN_ANNOTATIONS)}
+        for key, value in ours.items():
+            if key not in _ANNOTATIONS:
+                self.fail(
+                    value, f"{path}.{key}", f"unknown annotation: expected one of {', '.join(_ANNOTATIONS)}"
+                )
+        return ours
+
+    def denied(self, node: Node | None) -> str:
+        """What a denied packet gets."""
+        text = self.text(node, f"metadata.annotations.{DENIED}")
+        if node is not None and text not in DENIED_VALUES:
             expected = " or ".join(DENIED_VALUES)
-            self.fail(
-                node.fields[DENIED], f"{path}.{DENIED}", f"{shown(text)} is not known: expected {expected}"
-            )
+            path = f"metadata.annotations.{DENIED}"
+            self.fail(node, path, f"{shown(text)} is not known: expected {expected}")
         return text
+
+    def date(self, node: Node | None, path: str) -> str:
+        """A day as YYYY-MM-DD."""
+        text = self.text(node, path)
+        if node is None or not text:
+            return ""
+        try:
+            return date.fromisoformat(text).isoformat()
+        except ValueError:
+            self.fail(node, path, f"{shown(text)} is not a day: expected YYYY-MM-DD, quoted")
+            return ""
 
     def dns_name(self, node: Node | None, path: str, *, empty: bool = False) -> str:
         """A Kubernetes object name."""
@@ -305,8 +331,9 @@ class _Policies(Reader):
         if not listed and not self.failed:
             self.fail(node, "spec", "required, but missing: a policy needs spec or specs")
         policy = Policy(
-            metadata.name, namespace, kind, self.file, node.line, uid=metadata.uid, denied=metadata.denied
-        )
+            metadata.name, namespace, kind, self.file, node.line,
+            uid=metadata.uid, denied=metadata.denied, review=metadata.review,
+        )  # fmt: skip
         specs = [self.spec(item, path, index, policy) for index, (item, path) in enumerate(listed)]
         return replace(policy, specs=tuple(one for one in specs if one is not None))
 
@@ -996,6 +1023,7 @@ class _Metadata(NamedTuple):
     uid: str
     labels: tuple[str, ...] = ()  # key=value
     denied: str = ""
+    review: Review = NO_REVIEW
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,3 +262,25 @@ def test_no_file_within_the_limits_takes_long(text):
     started = time.process_time()
     parse_documents(text, "a.yaml")
     assert time.process_time() - started < 3.0  # 1 s on an idle machine
+
+
+def test_review_annotations_are_read_and_a_wrong_day_is_named():
+    text = """
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata:
+  name: a
+  annotations:
+    meshwall.io/owner: sre@example.org
+    meshwall.io/reason: scraping
+    meshwall.io/review-by: "2027-01-31"
+    other.example/thing: kept
+spec: {nodeSelector: {}, ingress: [{fromEntities: [world]}]}
+"""
+    (policy,) = parse_documents(text, "p.yaml").policies
+    assert policy.review == ("sre@example.org", "scraping", "2027-01-31")
+    parsed = parse_documents(text.replace("2027-01-31", "31.1.2027"), "p.yaml")
+    (problem,) = parsed.problems
+    assert problem.field == "metadata.annotations.meshwall.io/review-by"
+    assert "expected YYYY-MM-DD" in problem.message
+    assert parsed.policies == ()
