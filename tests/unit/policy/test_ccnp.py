@@ -107,7 +107,7 @@ def test_a_broken_document_does_not_take_the_good_ones_with_it():
         ("meshwall.io/denied: reject", "reject", ""),
         ("meshwall.io/denied: drop", "drop", ""),
         ("meshwall.io/denied: bounce", "", '"bounce" is not known: expected drop or reject'),
-        ("meshwall.io/reject: 'true'", "", "unknown annotation: expected meshwall.io/denied"),
+        ("meshwall.io/reject: 'true'", "", "unknown annotation: expected one of meshwall.io/denied"),
     ],
 )
 def test_an_annotation_says_what_a_denied_packet_gets(line, denied, expected):
