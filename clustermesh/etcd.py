@@ -23,6 +23,7 @@ from clustermesh.settings import EtcdSettings, split_endpoint
 
 log = logging.getLogger(__name__)
 
+OWED_S = 5.0  # how long a watch may take to show a revision that the others have
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]
 _HAS_LEADER = ("hasleader", "true")  # a member that has lost its cluster ends the watch
 _OPTIONS = (
@@ -155,12 +156,17 @@ class EtcdKV:
         dog = _Watchdog(self.settings)
         call = session.watch(dog.requests(create), metadata=(*session.metadata, _HAS_LEADER))
         dog.call = call
+        lag = _Lag(self.settings.stall_s)
         batch: list[Event] = []
         try:
             while True:
                 reply = await self._next(session, call, dog)
                 self._pin(session, reply.header)
                 self._watch_ended(prefix, reply)
+                if lag.stalled(reply.header.revision):
+                    lag.owe(await self._agreed(session, prefix))
+                if lag.hopeless():
+                    raise await self._give_up(session, f"{prefix}: its watch stands still at {lag.seen}")
                 batch.extend(map(_event, reply.events))
                 if batch and not reply.fragment:
                     self._saw(session, batch[-1].revision)
@@ -168,6 +174,11 @@ class EtcdKV:
                     batch = []
         finally:
             call.cancel()
+
+    async def _agreed(self, session: _Session, prefix: str) -> int:
+        """The revision on which the members agree; asked with the rights that the watch has."""
+        request = pb.RangeRequest(key=prefix.encode())
+        return int((await self._ask(session, lambda one: one.range, request)).header.revision)
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
         request = pb.PutRequest(key=key.encode(), value=value, lease=lease)
@@ -392,6 +403,36 @@ class _Watchdog:
                 self.call.cancel()
                 return
             yield pb.WatchRequest(progress_request=pb.WatchProgressRequest())
+
+
+class _Lag:
+    """Judges a watch by revisions and not by silence: a member can answer and yet be cut off from the others."""
+
+    def __init__(self, stall_s: float) -> None:
+        self.seen = 0
+        self._stall_s = stall_s
+        self._moved = time.monotonic()
+        self._owed = (0, 0.0)  # a revision that must be seen, and since when
+
+    def stalled(self, revision: int) -> bool:
+        """Whether it is time to ask what the members agree on."""
+        now = time.monotonic()
+        if revision > self.seen:
+            self.seen, self._moved = revision, now
+        elif now - self._moved > self._stall_s:
+            self._moved = now
+            return True
+        return False
+
+    def owe(self, revision: int) -> None:
+        """The others are at this revision."""
+        if revision > self.seen >= self._owed[0]:
+            self._owed = revision, time.monotonic()
+
+    def hopeless(self) -> bool:
+        """Whether it had its chance to come up with them."""
+        revision, since = self._owed
+        return self.seen < revision and time.monotonic() - since > min(self._stall_s, OWED_S)
 
 
 async def _once(message: Message) -> AsyncGenerator[Message, None]:

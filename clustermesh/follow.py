@@ -5,14 +5,17 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 
 from clustermesh.kv import KV, Compacted, Denied, Event, KVError, Listing
+from clustermesh.pace import Pace
 from clustermesh.remote import Change, Kind, Mesh, Part
 
 log = logging.getLogger(__name__)
 
+CATCH_UP_S = 0.1  # between two looks at what had to wait
 QUARANTINE_S = 300.0  # how long a mass deletion is held before it is believed
 
 
@@ -71,6 +74,8 @@ class Follower:
         self._quarantine_s = quarantine_s
         self._clock = clock
         self._steady = steady  # for what is waited for: the other one may jump
+        self.slowed: Counter[str] = Counter()  # cluster -> events that had to wait
+        self._pace = Pace()
         self._turn = asyncio.Lock()  # one listing or batch of events at a time goes into the mesh
         self._look = asyncio.Event()  # somebody wants a new listing
         self._changed: list[Callable[[], None]] = []
@@ -118,6 +123,7 @@ class Follower:
         """One connection: list all parts in order, then watch them all until something breaks."""
         self._mesh.relist = False
         self._look.clear()
+        self._pace.clear()
         self._remember()
         self.denied.clear()
         revisions: list[tuple[Part, int]] = []
@@ -135,6 +141,7 @@ class Follower:
         async with asyncio.TaskGroup() as group:
             for part, revision in revisions:
                 group.create_task(self._watch(part, revision + 1))
+            group.create_task(self._catch_up())
             # Here and not as a task: of a group that only waits for its end, Python 3.11 counts the
             # failure of a child as a cancellation of us, for ever.
             await self._until_listing()
@@ -197,9 +204,32 @@ class Follower:
     async def _apply(self, part: Part, events: Sequence[Event]) -> None:
         async with self._turn:
             self.revision = max(self.revision, events[-1].revision)
+            events = self._paced(part, events)
             await self._feed(self._mesh.applied(part, events, self._steady()))
         if self._mesh.relist:
             raise _ListAgain("a cluster changed its id")
+
+    def _paced(self, part: Part, events: Sequence[Event]) -> Sequence[Event]:
+        """Those to be looked at now: whoever makes too many changes waits for the rest."""
+        now = self._steady()
+        admitted = []
+        for event in events:
+            cluster = self._mesh.speaker(part, event)
+            if cluster == self._mesh.trust.own_cluster or self._pace.admit(part, event, cluster, now):
+                admitted.append(event)
+            else:
+                self.slowed[cluster] += 1
+        return admitted
+
+    async def _catch_up(self) -> None:
+        """Look at what had to wait, as fast as its cluster may go."""
+        while True:
+            await asyncio.sleep(CATCH_UP_S)
+            for part, events in self._pace.due(self._steady()) if self._pace else ():
+                async with self._turn:
+                    await self._feed(self._mesh.applied(part, events, self._steady()))
+            if self._pace.lost and not self._pace:
+                raise _ListAgain("a cluster was so fast that changes were left out")
 
     async def _feed(self, batches: Iterator[list[Change]]) -> None:
         for changes in batches:

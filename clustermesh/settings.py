@@ -8,6 +8,7 @@ from clustermesh.kv import PAGE
 
 DEFAULT_PORT = 2379
 TIMEOUT_S = 4.0  # a member that does not answer one request within this is left
+STALL_S = 120.0  # a watch whose revision does not rise for this long is asked about
 PROGRESS_S = 1.0  # between two progress requests on an idle watch
 
 
@@ -29,6 +30,7 @@ class EtcdSettings:
     insecure_transport: bool = False  # http:// endpoints on other machines are meant
     timeout_s: float = TIMEOUT_S
     progress_s: float = PROGRESS_S
+    stall_s: float = STALL_S
     page: int = PAGE
 
     def __post_init__(self) -> None:
@@ -47,6 +49,11 @@ class EtcdSettings:
             raise EtcdSettingsError("etcd.ca and etcd.cert need https:// endpoints")
         if self.password and not self.username:
             raise EtcdSettingsError("etcd.password is set but etcd.username is not")
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names or addresses of all endpoints."""
+        return tuple(split_endpoint(endpoint)[1] for endpoint in self.endpoints)
 
     @property
     def ports(self) -> set[int]:

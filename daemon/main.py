@@ -177,7 +177,9 @@ class Daemon:
         self._watch = LoopWatch(self._notify.alive, (watchdog_s() or 3.0) / 3)
         self._stop = asyncio.Event()
         self._kv = store(config)
-        self._shared = Shared(Arrival(self.tables))
+        self._shared = Shared(
+            Arrival(self.tables), stores=etcd_settings(config.etcd).hosts if config.etcd else ()
+        )
         self._mesh = self._mesh_source("etcd" if config.etcd else "embedded store (no etcd)", self._kv)
         self._remotes = self._mesh_files(config.clusters_dir) if config.clusters_dir else None
         self._files = PolicyFiles(

@@ -318,6 +318,39 @@ def _mesh(tables: Tables) -> Iterator[Family]:
         "Nodes known of a remote cluster",
         [(here | {"target_cluster": name}, nodes[name]) for name in status],
     )
+    yield from _mesh_trust(tables)
+
+
+def _mesh_trust(tables: Tables) -> Iterator[Family]:
+    """What there is of each cluster, our own included, and what of it is not believed."""
+    rows = {
+        name.removeprefix("mesh:"): row.details
+        for name, row in sorted(tables.status.rows.items())
+        if name.startswith("mesh:")
+    }
+    kinds = ("nodes", "identities", "addresses", "refused", "held")
+    entries = [
+        ({"cluster": name, "kind": kind}, _count(details.get(kind)))
+        for name, details in rows.items()
+        for kind in kinds
+    ]
+    yield Family("meshwall_mesh_entries", "gauge", "Entries of a cluster; `held` are deletions", entries)
+    refused = [
+        ({"cluster": name, "reason": str(reason)}, _count(count))
+        for name, details in rows.items()
+        for reason, count in _items(details.get("refused_by_reason"))
+    ]
+    yield Family("meshwall_mesh_refused_total", "counter", "What a cluster said and nobody believed", refused)
+    slowed = [({"cluster": name}, _count(details.get("slowed"))) for name, details in rows.items()]
+    yield Family("meshwall_mesh_slowed_total", "counter", "Changes of a cluster that had to wait", slowed)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _items(value: object) -> list[tuple[object, object]]:
+    return list(value.items()) if isinstance(value, dict) else []
 
 
 def _identity_kind(identity: int) -> str:

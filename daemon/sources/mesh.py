@@ -5,9 +5,11 @@ when. The same code serves a shared etcd and the embedded store.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +49,7 @@ BULK = 100  # changes in one batch that are a listing, not life
 SYNC_WAIT_S = 15.0  # how long the tables wait for the first complete listing before they count as synced
 SAVE_AFTER_S = 5.0  # what changed is on disk this much later, and
 SAVE_SHARE = 50  # at most this small a part of the time is spent on that
+RESOLVE_EVERY_S = 300.0  # names of stores
 TOUCH_S = 30.0  # how exactly the disk knows when the store was last seen
 
 
@@ -76,6 +79,8 @@ class Shared:
     arrival: Arrival
     ids: dict[int, str] = field(default_factory=dict)  # id -> cluster
     elsewhere: set[str] = field(default_factory=set)
+    stores: tuple[str, ...] = ()  # hosts of the shared etcd: nobody speaks for them
+    resolved: dict[str, frozenset[Cidr]] = field(default_factory=dict)  # their addresses
 
 
 class MeshSource:
@@ -153,6 +158,8 @@ class MeshSource:
                 group.create_task(self._save_changes(self._keep))
             if self._stale_after_s:
                 group.create_task(self._expire())
+            if self._shared.stores:
+                group.create_task(self._protect_stores())
             await self._host_changes()
 
     def reconnect(self, kv: KV, *, another: bool) -> None:
@@ -206,7 +213,21 @@ class MeshSource:
     async def _protect_host(self) -> None:
         host = self._tables.host.get("host")
         name, addresses = (host.name, host.addresses) if host is not None else ("", frozenset())
-        await self.follower.take(self.mesh.protect(name, addresses, self._protected))
+        stores = [one for found in self._shared.resolved.values() for one in found]
+        await self.follower.take(self.mesh.protect(name, addresses, (*self._protected, *sorted(stores))))
+
+    async def _protect_stores(self) -> None:
+        """Nor for our store's addresses, which may change with its name."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for host in self._shared.stores:
+                with contextlib.suppress(OSError):  # what was known stays
+                    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                    self._shared.resolved[host] = frozenset(
+                        parse_cidr(str(one[4][0]).partition("%")[0]) for one in found
+                    )
+            await self._protect_host()
+            await asyncio.sleep(RESOLVE_EVERY_S)
 
     # -- on disk
 
@@ -407,6 +428,7 @@ class MeshSource:
             "own": remote.name == self._trust.own_cluster,
             "own_store": bool(self._only),
             **counts,
+            "slowed": self.follower.slowed[remote.name],
             "refused_by_reason": dict(remote.refused),
             "refusals": dict(list(remote.refusals.items())[:20]),
             **(self._connection_details() if self._only else {}),

@@ -198,7 +198,8 @@ async def test_nobody_there_is_one_line_that_names_the_endpoint() -> None:
         ({"endpoints": ("https://host:99999",)}, "not like https"),
         ({"endpoints": ("https://host:1",), "cert": "/x"}, "etcd.key"),
         ({"endpoints": ("http://host:1",), "ca": "/x"}, "https"),
-        ({"endpoints": ("http://host:1",), "password": "x"}, "etcd.username"),
+        ({"endpoints": ("https://host:1",), "password": "x"}, "etcd.username"),
+        ({"endpoints": ("http://host:1",)}, "not encrypted"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(settings: dict[str, object], message: str) -> None:
@@ -226,3 +227,21 @@ async def _outcome(work) -> BaseException | None:
     except Exception as error:  # noqa: BLE001 - the error is the result
         return error
     return None
+
+
+async def test_a_watch_that_falls_behind_what_the_members_agree_on_is_left(live, monkeypatch) -> None:
+    kv = EtcdKV(EtcdSettings((live.endpoint,), progress_s=0.05, stall_s=0.2))
+    asked: list[int] = []
+
+    async def ahead(session: object, prefix: str) -> int:
+        asked.append(len(asked))
+        return 1 << 40 if len(asked) > 2 else 0
+
+    monkeypatch.setattr(kv, "_agreed", ahead)
+    revision = (await kv.list("x/")).revision
+    with pytest.raises(ConnectionLost, match="stands still"):
+        await asyncio.wait_for(anext(kv.watch("x/", revision + 1)), 5)
+    assert len(asked) == 3, (
+        "it was asked about every time nothing had moved for long, and left only when behind"
+    )
+    await kv.close()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from clustermesh import wire
 from clustermesh.follow import Backoff, Follower
 from clustermesh.kv import ConnectionLost, Listing, MemoryKV
+from clustermesh.pace import Pace
 from clustermesh.remote import Change, IpDeleted, IpUpserted, Mesh
 from clustermesh.trust import Trust
 
@@ -129,3 +130,41 @@ async def kv_wipe(kv: MemoryKV) -> None:
     kv._entries.clear()
     kv._events.clear()
     kv._revision = 1
+
+
+async def test_a_cluster_that_floods_does_not_delay_another_and_ends_up_right() -> None:
+    kv, seen = MemoryKV(), Seen()
+    await west(kv, 1)
+    await kv.put(wire.config_key("north"), wire.encode_config(wire.ClusterConfig(3)))
+    async with following(kv, seen) as follower:
+        follower._pace = Pace(rate=200, window_s=0.5)
+        for _ in range(3):
+            for number in range(100):
+                entry = wire.ip_entry(f"10.1.0.{number}", WEB)
+                await kv.put(wire.ip_key(entry.prefix), wire.encode_ip(entry))
+        entry = wire.ip_entry("10.3.0.1", 196609)
+        await kv.put(wire.ip_key(entry.prefix), wire.encode_ip(entry))
+        for number in range(50):
+            await kv.delete(wire.ip_key(f"10.1.0.{number}"))
+        await until(lambda: 0x0A030001 in seen.addresses)
+        assert follower.slowed["west"] > 0
+        assert follower.slowed["north"] == 0
+        assert len(seen.addresses) > 51, "deletions that wait have not happened yet"
+        await until(lambda: len(seen.addresses) == 51)
+
+
+async def test_a_mass_deletion_in_one_batch_is_held_and_can_be_accepted() -> None:
+    kv, seen = MemoryKV(), Seen()
+    await west(kv, 60)
+    async with following(kv, seen) as follower:
+        lease = await kv.grant(1)
+        for number in range(60):
+            entry = wire.ip_entry(f"10.1.0.{number}", WEB)
+            await kv.put(wire.ip_key(entry.prefix), wire.encode_ip(entry), lease)
+        await asyncio.sleep(0.02)
+        kv.expire(lease)  # the writer of a mirror died: all its keys go at once
+        await kv.delete(wire.config_key("west"))
+        await until(lambda: follower._mesh.remotes["west"].held_since > 0)
+        assert len(seen.addresses) == 60
+        await follower.take(follower._mesh.release(["west"]))
+        assert not seen.addresses

@@ -246,3 +246,85 @@ def test_quotas_stop_a_cluster_and_nobody_else() -> None:
     assert store.mesh.remotes["west"].addresses == 2
     assert store.mesh.remotes["west"].refused["quota"] == 2
     assert len(store.ip("10.3.0.1", OTHER)) == 1
+
+
+def pods(name: str, *ranges: str) -> tuple[str, bytes]:
+    node = wire.Node(
+        name,
+        "east",
+        (wire.NodeAddress("InternalIP", "10.0.0.1"),),
+        ipv4_cidr=wire.node_cidr(ranges[0]),
+        cluster_id=1,
+    )
+    return wire.node_key("east", name), wire.encode_node(node)
+
+
+def reasons(store: Store, cluster: str = "west") -> set[str]:
+    return set(store.mesh.remotes[cluster].refused)
+
+
+def test_nobody_speaks_for_nodes_and_pods_of_our_own_cluster() -> None:
+    store = Store()
+    store.cluster("east", 1)
+    store.cluster("west", 2)
+    store.put(*pods("e1", "10.9.1.0/24"))
+    for text in ("10.0.0.1", "10.9.1.5", "10.9.0.0/16", "10.9.1.0/25"):
+        assert store.ip(text, WEB) == [], text
+    assert store.put(*node("w1", "west", 2, "10.0.0.1")) != []
+    assert reasons(store) == {"our_address"}
+    assert len(store.ip("10.9.2.5", WEB)) == 1
+    store.put(wire.node_key("east", "e1"), None)
+    assert len(store.ip("10.9.1.5", WEB)) == 1
+
+
+def test_what_becomes_ours_later_is_taken_back() -> None:
+    store = Store()
+    store.cluster("west", 2)
+    for text in ("10.1.0.5", "10.1.0.6", "10.2.0.0/16"):
+        store.ip(text, WEB)
+    ours = [wire.parse_cidr("10.1.0.5"), wire.parse_cidr("10.2.7.7")]
+    gone = store.changes(store.mesh.protect("e1", ours))
+    assert gone == [
+        IpDeleted("west", wire.parse_cidr("10.1.0.5")),
+        IpDeleted("west", wire.parse_cidr("10.2.0.0/16")),
+    ]
+    assert store.changes(store.mesh.protect("e1", ours, [wire.parse_cidr("10.1.0.0/24")])) == [
+        IpDeleted("west", wire.parse_cidr("10.1.0.6"))
+    ]
+    assert store.mesh.remotes["west"].addresses == 0
+
+
+def test_a_cluster_that_leaves_takes_nothing_of_others_along() -> None:
+    store = Store()
+    store.cluster("west", 2)
+    store.cluster("north", 3)
+    store.put(*identity(WEB, "west"))
+    store.put(*node("w1", "west", 2, "192.168.5.1"))
+    store.ip("10.1.0.5", WEB)
+    store.ip("10.3.0.1", OTHER)
+    gone = store.changes(store.mesh.leave("west"))
+    assert sorted(type(one).__name__ for one in gone) == ["IdentityDeleted", "IpDeleted", "NodeDeleted"]
+    assert {one.cluster for one in gone} == {"west"}
+    assert list(store.mesh.remotes) == ["north"]
+    store.cluster("south", 2)  # the id is free again
+    assert store.mesh.remotes["south"].state is State.SYNCED
+
+
+def test_clusters_with_a_store_of_their_own_are_not_read_from_the_shared_one() -> None:
+    store = Store()
+    store.mesh.elsewhere = {"west"}
+    store.mesh._ids[2] = "west"
+    store.cluster("west", 2)
+    store.ip("10.1.0.5", WEB)
+    store.put(*identity(WEB, "west"))
+    store.put(*node("w1", "west", 2, "192.168.5.1"))
+    store.put(wire.canary_key("west", wire.IPS), b"")
+    assert not store.mesh.remotes
+    assert store.mesh.waiting == 0
+
+
+def test_old_etcds_are_warned_of() -> None:
+    from clustermesh.trust import version_warning
+
+    assert all(map(version_warning, ("3.4.23", "3.5.1", "3.5.32", "3.6.13", "3.3.27", "2.3.8")))
+    assert not any(map(version_warning, ("3.4.44", "3.5.33", "3.6.14", "3.7.0", "4.0.0-rc1", "", "unknown")))
