@@ -336,6 +336,12 @@ class Config(Section):
     record: Record = Field(default=Record(), description="flows kept on disk; see below")
     hubble: Hubble = Field(default=Hubble(), description="the API of Hubble; see below")
     map_sizes: MapSizes = Field(default=MapSizes(), description="room in the kernel's tables; see below")
+    audit_log_days: int = Field(
+        default=180,
+        ge=1,
+        le=3660,
+        description="how long records of changes are kept (`audit` in `state_dir`)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level logged"
     )

@@ -25,7 +25,7 @@ from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
 from clustermesh.settings import DEFAULT_PORT, EtcdSettings
-from daemon.api import app, flows, mesh, metrics, report, resources, status, subject
+from daemon.api import app, changes, flows, mesh, metrics, report, resources, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
@@ -37,6 +37,7 @@ from daemon.model.net import Direction, Proto, parse_prefix
 from daemon.policy.ccnp import LanguageSettings
 from daemon.policy.compile import CompileSettings, Failsafe
 from daemon.runtime import memory
+from daemon.runtime.auditlog import AuditLog
 from daemon.runtime.loopwatch import LoopWatch
 from daemon.runtime.notify import Notify, watchdog_s
 from daemon.runtime.tasks import Tasks, Work
@@ -204,7 +205,8 @@ class Daemon:
         self._program = Program(self.tables, program_settings(config), self._devices)
         self._usage = RuleUsage(self.tables, config.pins, config.state_dir)
         self._pipeline = FlowPipeline(self.tables, config.pins, capacity=config.flows)
-        self._api = app.Api(config.socket, config.socket_group, self._routes())
+        self._audit_log = AuditLog(config.state_dir / "audit", config.audit_log_days)
+        self._api = app.Api(config.socket, config.socket_group, self._routes(), self._audit_log)
 
     async def run(self) -> int:
         """Until SIGTERM or SIGINT. Tasks that die are started again; the loop itself must not fail."""
@@ -245,6 +247,8 @@ class Daemon:
         yield "policy files", self._files.run
         yield from self._mesh_work()
         yield "rule usage", self._usage.run
+        changed = changes.PolicyChanges(self.tables, lambda: self._program.settings.compile, self._audit_log)
+        yield "audit log", changed.run
         yield "flows", self._pipeline.run
         if self.config.record.enabled:
             yield "record", Recorder(record_settings(self.config), self._pipeline, self.tables).run
@@ -326,6 +330,7 @@ class Daemon:
         yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
         yield from mesh.routes(self.tables, self._accept_deletions)
         yield from report.routes(self.tables, audit, self._usage)
+        yield from changes.routes(self._audit_log)
         yield from subject.routes(self.tables, lambda: self._program.settings.compile)
         kept = record_settings(config).directory if config.record.enabled else None
         yield from flows.routes(self._pipeline, kept)

@@ -5,6 +5,7 @@ import grp
 import json
 import logging
 import os
+import pwd
 import socket
 import stat
 import struct
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from daemon.runtime.auditlog import AuditLog
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +49,18 @@ class ApiError(Exception):
 class Api:
     """The application and its socket. `run` is the task."""
 
-    def __init__(self, path: Path, group: str, routes: Iterable[web.RouteDef]) -> None:
+    def __init__(
+        self, path: Path, group: str, routes: Iterable[web.RouteDef], audit: AuditLog | None = None
+    ) -> None:
         self._path = path
         self._group = group
         self._routes = list(routes)
+        self._audit = audit
         self.listening = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until cancelled. OSError when the socket cannot be made."""
-        app = web.Application(middlewares=[_guard], client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[_guard(self._audit)], client_max_size=MAX_BODY_BYTES)
         app.add_routes(self._routes)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.5)
         await runner.setup()
@@ -116,15 +123,46 @@ def peer_of(request: web.Request) -> Peer | None:
         return Peer(*_UCRED.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
-@web.middleware
-async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Reading is for those who can open the socket, changing for root (or the user that we run as)."""
-    if request.method not in _READS:
+def user_name(uid: int) -> str:
+    """The name of a user, or `uid 1234` for one without."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _guard(audit: AuditLog | None) -> Middleware:
+    """Reading is for those who can open the socket, changing for root (or the user that we run as).
+
+    Every request to change something is recorded, refused ones too.
+    """
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method in _READS:
+            return await _answered(request, handler)
         peer = peer_of(request)
         if peer is None or peer.uid not in (0, os.geteuid()):
             log.warning("refused %s %s to %s", request.method, request.path, peer)
-            return _error(403, "only root may change something")
-        log.info("%s %s by uid %d, pid %d", request.method, request.path, peer.uid, peer.pid)
+            answer: web.StreamResponse = _error(403, "only root may change something")
+        else:
+            log.info("%s %s by uid %d, pid %d", request.method, request.path, peer.uid, peer.pid)
+            answer = await _answered(request, handler)
+        if audit is not None:
+            await asyncio.to_thread(
+                audit.write,
+                "api",
+                user_name(peer.uid) if peer else "unknown",
+                pid=peer.pid if peer else 0,
+                request=f"{request.method} {request.path_qs}",
+                status=answer.status,
+            )
+        return answer
+
+    return guard
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPException as error:

@@ -7,7 +7,8 @@ import json
 import time
 from collections.abc import Sequence
 
-from daemon.cli.client import DaemonError, Json, fail, get, printable, span, table
+from daemon.cli.client import DaemonError, Json, fail, get, output_option, printable, printed, span, table
+from daemon.cli.flows import moment
 
 Subparsers = argparse._SubParsersAction
 _COLUMNS = ("policy", "rule", "action", "peers", "ports", "owner", "reason", "review by", "packets", "last hit",
@@ -30,6 +31,30 @@ def register(verbs: "Subparsers[argparse.ArgumentParser]") -> None:
         help="only rules without a hit for so long, and counted so long",
     )
     parser.set_defaults(run=_run)
+    log = verbs.add_parser(
+        "log",
+        help="who changed what and when: policies with their change in meaning, and requests to the daemon",
+    )
+    log.add_argument(
+        "--since", type=moment, default="", metavar="TIME", help="5m, 2h30m or a time (default: all)"
+    )
+    output_option(log)
+    log.set_defaults(run=lambda one: printed(one, "/v1/changes", _log_lines, since=one.since))
+
+
+def _log_lines(found: Json) -> list[str]:
+    lines = []
+    for one in found["changes"]:
+        rest = [
+            f"{name}: {', '.join(value) if isinstance(value, list) else value}"
+            for name, value in one.items()
+            if name not in ("time", "act", "who", "meaning", "complete") and value not in ("", [])
+        ]
+        lines.append(printable(f"{one['time']} {one['act']} by {one['who']}; {'; '.join(rest)}"))
+        lines += [printable(f"    {text}") for text in one.get("meaning", [])]
+        if one.get("complete") is False:
+            lines.append("    and more: too much to list")
+    return lines or ["nothing recorded in that time"]
 
 
 def _days(text: str) -> int:
