@@ -106,6 +106,9 @@ class Addresses:
 
         Every item must be a change. Raises TableFull or BlocksFull with nothing changed.
         """
+        delete = list(delete)
+        if put and not delete and max(put) < HOSTS4 and not self._strays:
+            return self._ip4.change({}, put)
         hosts4: dict[int, int | None] = {}
         hosts6: dict[int, int | None] = {}
         wide4: dict[Prefix, int | None] = {}

@@ -363,13 +363,14 @@ class Image:
         self, put: Mapping[int, Identity | None], slots: Mapping[Identity | None, int]
     ) -> tuple[dict[int, int], Counter[int]]:
         """Prefixes that get another slot; and how many leave each slot."""
-        fresh: dict[int, int] = {}
+        fresh = dict(zip(put, map(slots.__getitem__, put.values()), strict=True))
         left: Counter[int] = Counter()
-        for key, identity, before in zip(put, put.values(), self.addresses.slots(put.keys()), strict=True):
-            slot = slots[identity]
-            if slot != before:
-                fresh[key] = slot
-                if before is not None:
+        known = self.addresses.slots(put.keys())
+        if known.count(None) != len(known):
+            for key, before in zip(put, known, strict=True):
+                if before == fresh[key]:
+                    del fresh[key]
+                elif before is not None:
                     left[before] += 1
         for world in WORLDS & fresh.keys():
             del fresh[world]

@@ -13,6 +13,7 @@ import mmap
 import struct
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -125,6 +126,11 @@ class _Wide:
                 inner.pop(prefix, None)
             else:
                 inner[prefix] = slot
+        for prefix in wide:
+            if 16 < prefix.length <= 24 and not after.middle.get(prefix.address >> 16, prefix):
+                del after.middle[prefix.address >> 16]
+            elif prefix.length > 24 and not after.deep.get(prefix.address >> 8, prefix):
+                del after.deep[prefix.address >> 8]
         if after.short is not self.short:
             after.bases = _paint(after.short)
         return after
@@ -144,7 +150,9 @@ class _Plan:
     )  # /24 -> block it gets; None: has no more
     puts: dict[int, int] = field(default_factory=dict)  # into ip4_hosts
     drops: list[int] = field(default_factory=list)
-    crowd: dict[int, int] = field(default_factory=dict)  # /24 -> hosts in it, where that changes
+    crowd: dict[int, int] = field(default_factory=dict)  # /24 -> hosts in it, if it has or had a block
+    come: list[int] = field(default_factory=list)  # /24s that have one host more, in the hash
+    gone: list[int] = field(default_factory=list)
     demoted: bool = False  # hosts go from a block to the hash
     middles: dict[int, list[int]] = field(default_factory=dict)  # root index -> content of the block it gets
     plain: dict[int, int] = field(default_factory=dict)  # root index -> the slot that needs no block
@@ -221,13 +229,7 @@ class Ip4:
         Raises BlocksFull or TableFull with nothing changed.
         """
         plan = self._widened(wide)
-        groups: dict[int, dict[int, int | None]] = {}
-        at, group = -1, dict[int, int | None]()
-        for address, slot in hosts.items():
-            if address >> 8 != at:
-                at = address >> 8
-                group = groups.setdefault(at, {})
-            group[address & 255] = slot
+        groups = self._grouped(plan, hosts)
         # Half of the blocks stay free of hosts, so that all can be painted anew beside the old ones.
         spare = len(self._free) - (self._capacity - BLOCK_ROOTS) // 2
         roots = set(self._middles)
@@ -242,6 +244,45 @@ class Ip4:
         self._plan_roots(plan)
         self._check_room(plan)
         return self._commit(plan)
+
+    def _grouped(self, plan: _Plan, hosts: Mapping[int, int | None]) -> dict[int, dict[int, int | None]]:
+        """/24 -> octet -> slot, of those that have or may need a block. What only touches the hash is planned here."""
+        networks = [address >> 8 for address in hosts]
+        grouped: dict[int, dict[int, int | None]] = {one: {} for one in self._crowded(plan, networks)}
+        if SLOT_HOST in hosts.values():
+            grouped |= {address >> 8: {} for address, slot in hosts.items() if slot == SLOT_HOST}
+        if not grouped:
+            self._plan_few(plan, hosts)
+            return grouped
+        few: dict[int, int | None] = {}
+        at, group = -1, None
+        for network, (address, slot) in zip(networks, hosts.items(), strict=True):
+            if network != at:
+                at, group = network, grouped.get(network)
+            if group is None:
+                few[address] = slot
+            else:
+                group[address & 255] = slot
+        self._plan_few(plan, few)
+        return grouped
+
+    def _crowded(self, plan: _Plan, networks: list[int]) -> list[int]:
+        """Those of the /24s, one for each host that changes, that have a block or may need one."""
+        crowd, leaves, deep = self._crowd, self._leaves, plan.wide.deep
+        for network in networks:
+            crowd[network] += 1
+        found = [one for one in set(networks) if crowd[one] >= DENSE or one in leaves or one in deep]
+        for network in networks:
+            crowd[network] -= 1
+        return found
+
+    def _plan_few(self, plan: _Plan, hosts: Mapping[int, int | None]) -> None:
+        """Hosts of /24s that have no block and need none come and go in the hash."""
+        known = hosts.keys() & self._hashed.keys() if self._hashed else set[int]()
+        plan.puts.update((address, slot) for address, slot in hosts.items() if slot is not None)
+        plan.come = [address >> 8 for address in plan.puts if address not in known]
+        plan.drops += [address for address in known if hosts[address] is None]
+        plan.gone = [address >> 8 for address in plan.drops]
 
     def _widened(self, wide: Mapping[Prefix, int | None]) -> _Plan:
         """A plan that knows which roots and which /24 have to be painted anew for these prefixes."""
@@ -294,28 +335,8 @@ class Ip4:
             )
         )
 
-    def _few(self, plan: _Plan, network: int, group: Mapping[int, int | None], spare: int) -> bool:
-        """Whether the /24 has no block and needs none; then its hosts are planned into the hash."""
-        if network in self._leaves or network in plan.wide.deep or SLOT_HOST in group.values():
-            return False
-        crowd, hashed, first = self._crowd[network], self._hashed, network << 8
-        for octet, slot in group.items():
-            crowd += (slot is not None) - (first | octet in hashed)
-        if crowd >= DENSE and spare >= 2:
-            return False
-        for octet, slot in group.items():
-            if slot is not None:
-                plan.puts[first | octet] = slot
-            elif first | octet in hashed:
-                plan.drops.append(first | octet)
-        plan.crowd[network] = crowd
-        plan.leaves.pop(network, None)
-        return True
-
     def _build(self, plan: _Plan, network: int, group: Mapping[int, int | None], spare: int) -> bool:
         """A /24 whose block comes, goes or is painted anew, or that has none. Whether it comes."""
-        if self._few(plan, network, group, spare):
-            return False
         leaf = self._leaves.get(network)
         before = self._hosts_in(network)
         after = before | {octet: slot for octet, slot in group.items() if slot is not None}
@@ -427,8 +448,13 @@ class Ip4:
             if self._under[root] and not count:
                 ops.append(self._root(root, self._roots[root] & ~ENTRY_HOSTS))
             self._under[root] = count
+        crowd = self._crowd
         for network, count in plan.crowd.items():
-            self._crowd[network] = count
+            crowd[network] = count
+        for network in plan.come:
+            crowd[network] += 1
+        for network in plan.gone:
+            crowd[network] -= 1
         self._hashed.update(plan.puts)
         for address in plan.drops:
             del self._hashed[address]
@@ -437,16 +463,10 @@ class Ip4:
 
     def _count_hashed(self, plan: _Plan) -> dict[int, int]:
         """Entries of ip4_hosts below each root that loses or gains some."""
-        under: dict[int, int] = {}
         hashed, before = self._hashed, self._under
-        for address in plan.puts:
-            if address not in hashed:
-                root = address >> 16
-                under[root] = under.get(root, before[root]) + 1
-        for address in plan.drops:
-            root = address >> 16
-            under[root] = under.get(root, before[root]) - 1
-        return under
+        changes = Counter([address >> 16 for address in plan.puts if address not in hashed])
+        changes.subtract([address >> 16 for address in plan.drops])
+        return {root: before[root] + change for root, change in changes.items()}
 
     def _publish(self, plan: _Plan) -> tuple[list[Op], list[Op]]:
         """Stores that fill blocks which nobody points to, and those that publish them or change one entry."""
