@@ -10,10 +10,9 @@ from aiohttp import web
 from daemon.api.app import ApiError
 from daemon.api.resources import filter_of
 from daemon.model.labels import format_labels
-from daemon.model.net import Prefix  # noqa: TC001
 from daemon.model.rule import LabelSelector
 from daemon.policy.matching import matches
-from daemon.state.tables import IpKey, NodeKey, NodeRow, StatusRow, Tables
+from daemon.state.tables import NodeKey, NodeRow, StatusRow, Tables
 
 Json = dict[str, Any]
 
@@ -50,16 +49,13 @@ def routes(tables: Tables, accept: Callable[[str], Awaitable[int]]) -> list[web.
 
 async def conflicts_by_source(tables: Tables) -> Counter[str]:
     """How many ranges of each source another cluster gives another identity."""
-    first: dict[Prefix, IpKey] = {}
-    clashing: set[IpKey] = set()
-    for number, key in enumerate([one for one in tables.ips if one.source.startswith("mesh:")]):
+    found: Counter[str] = Counter()
+    for number, prefix in enumerate(tables.ips.shared()):
         if not number % CHUNK:
             await asyncio.sleep(0)
-        other = first.setdefault(key.prefix, key)
-        row, before = tables.ips.get(key), tables.ips.get(other)
-        if other != key and row and before and row.identity != before.identity:
-            clashing |= {key, other}
-    return Counter(one.source for one in clashing)
+        rows = [one for one in tables.ips.claims(prefix) if one.source.startswith("mesh:")]
+        found.update(one.source for one in rows if any(one.identity != other.identity for other in rows))
+    return found
 
 
 def mesh_json(tables: Tables) -> Json:

@@ -240,7 +240,7 @@ def ip_rows(
     wanted: Filter = Filter(),  # noqa: B008
 ) -> Iterator[Json]:
     """Every claim in address order; those that cover or lie within a prefix, or of one identity."""
-    for key in sorted(tables.ips.rows):
+    for key in sorted(tables.ips):
         row = tables.ips.get(key)
         if row is None or (identity is not None and row.identity != identity):
             continue

@@ -74,7 +74,7 @@ def status_json(source: StatusSource) -> Json:
             "list": listed["policies"],
         },
         "identities": _by_source(Counter(row.source for row in tables.identities.rows.values())),
-        "addresses": _by_source(Counter(key.source for key in tables.ips.rows)),
+        "addresses": _by_source(tables.ips.counts),
         "nodes": len(tables.nodes),
         "mesh": mesh_json(tables),
         "drops": _drops(source.pins),

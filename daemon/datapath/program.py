@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from daemon.datapath.maps import KernelMaps
 from daemon.datapath.ops import Op, TableFull
 from daemon.model.identity import REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, RESERVED, Label, LabelSet
-from daemon.model.net import Direction, Prefix, compact, expand
+from daemon.model.net import Direction, Prefix, compact
 from daemon.model.rule import CidrGroup, Policy
 from daemon.policy.compile import (
     Compiled,
@@ -34,7 +34,7 @@ from daemon.policy.compile import (
     selected_specs,
 )
 from daemon.state.ips import winner
-from daemon.state.tables import HostRow, IpKey, IpRow, NodeKey, NodeRow, StatusRow, Tables
+from daemon.state.tables import HostRow, IpRow, NodeKey, NodeRow, StatusRow, Tables
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ HOST = Identity(Reserved.HOST)
 APISERVER = Identity(Reserved.KUBE_APISERVER)
 SETTLE_S = 0.002  # changes that come together are taken together
 RETRY_S = 2.0
+UNFIT_S = 10.0
+PIECE = 20_000  # addresses that change owners in one go, some 20 ms
 RESERVED_IDENTITIES = tuple(Identity(one) for one in Reserved if one is not Reserved.UNKNOWN)
 
 
@@ -66,8 +68,10 @@ class _Work:
     recompile: bool
     identities: dict[Identity, LabelSet | None]  # changed ones; None: gone
     all_identities: dict[Identity, LabelSet]  # filled only for a compilation
-    put: dict[Prefix, Identity | None]
-    delete: tuple[Prefix, ...]
+    dirty: (
+        set[int] | None
+    )  # prefixes whose owner may be another one, as `compact` numbers; None: all there are
+    own: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +95,16 @@ class Program:
         self._maps: KernelMaps | None = None
         self._devices = devices
         self._compiled: Compiled | None = None
-        self._claims: dict[Prefix, dict[str, IpRow]] = {}
-        self._node_claims: dict[NodeKey, dict[Prefix, IpRow]] = {}
+        self._node_claims: dict[NodeKey, dict[int, IpRow]] = {}
+        self._nodes_at: dict[int, dict[str, IpRow]] = {}  # prefix -> source -> what its node lists
         self._node_numbers: dict[NodeKey, Identity] = {}
-        self._own: frozenset[Prefix] = frozenset()
+        self._own: frozenset[int] = frozenset()
         self._loaded: dict[str, object] = {}
         self._seeded = 0
         self._refused = False
-        self.conflicts: set[Prefix] = set()
+        self.conflicts: set[int] = set()  # prefixes as `compact` numbers
+        self._unfit: set[int] = set()  # prefixes that did not fit into the maps
+        self._unfit_due = 0.0  # when the next pass tries them again
 
     # --- the loop
 
@@ -193,7 +199,7 @@ class Program:
         self,
         host: HostRow,
         identities: Iterable[Identity],
-        ips: Iterable[IpKey],
+        ips: set[int],
         nodes: Iterable[NodeKey],
         *,
         recompile: bool,
@@ -201,9 +207,11 @@ class Program:
     ) -> _Work | None:
         """What changed, as values; None when nothing did."""
         changed_nodes = self._take_nodes(nodes)
-        dirty = self._take_ips(ips) | changed_nodes | self._take_own(host)
+        # The first pass of this process replaces whatever an earlier one left.
+        dirty = None if self._compiled is None else ips | changed_nodes | self._take_own(host)
+        self._own = frozenset(map(compact, host.addresses))
         if again is not None:
-            dirty |= again.put.keys() | set(again.delete)
+            dirty = None
             recompile |= again.recompile
         subject = Subject(HOST, host.labels)
         if self._compiled is None or self._compiled.compiler.subject != subject:
@@ -216,8 +224,7 @@ class Program:
         )
         if again is not None:
             labels |= {one: self._labels(one, host) for one in again.identities}
-        put, delete = self._owners(dirty)
-        if not (recompile or labels or put or delete):
+        if not (recompile or labels or dirty):
             return None
         recompile |= self._refused  # what did not fit may fit now
         everything = self._everything(host) if recompile else {}
@@ -228,8 +235,8 @@ class Program:
             recompile,
             labels,
             everything,
-            put,
-            delete,
+            dirty,
+            self._own,
         )
 
     async def _pass(self, work: _Work) -> _Work | None:
@@ -267,12 +274,17 @@ class Program:
             operations += len(ops)
 
         compiled = self._compile(work)
-        with self._image_lock:
-            try:
+        first = self._image.tables is None
+        if compiled is not None and first:
+            # With the first switch of this process it must be known who owns which address. Addresses go only after
+            # it, because what an earlier process painted around them is not known before.
+            self._claim_all(work, apply, delete=False)
+        try:
+            with self._image_lock:
                 switched = compiled is not None and self._policy(work, compiled, apply, maps)
-            finally:
-                # Addresses change owners also when the policy was refused.
-                apply(self._image.claim(*_compacted(work)))
+        finally:
+            # Addresses change owners also when the policy was refused.
+            self._claim_all(work, apply)
         return _Done(switched, time.monotonic() - started, operations)
 
     def _compile(self, work: _Work) -> Compiled | None:
@@ -303,10 +315,6 @@ class Program:
         if self._compiled is not None and _same(self._compiled, compiled):
             self._compiled = compiled
             return False
-        if self._image.tables is None:
-            # The first switch of this process: who owns which address must be known with it. Addresses go only
-            # after it, because what an earlier process painted around them is not known before.
-            apply(self._image.claim(_compacted(work)[0], ()))
         before = set(self._image.numbers.values())
         self._seed(compiled)
         ops = self._image.switch(compiled)
@@ -326,43 +334,94 @@ class Program:
 
     # --- who owns which address
 
-    def _take_ips(self, keys: Iterable[IpKey]) -> set[Prefix]:
-        dirty = set()
-        for key in keys:
-            row = self._tables.ips.get(key)
-            self._claim(key.prefix, key.source, row)
-            dirty.add(key.prefix)
-        return dirty
+    def _claim_all(self, work: _Work, apply: Callable[[list[Op]], None], *, delete: bool = True) -> None:
+        """Give every prefix of the work its owner, in pieces: others may use the image in between.
 
-    def _claim(self, prefix: Prefix, source: str, row: IpRow | None) -> None:
-        claims = self._claims.setdefault(prefix, {})
-        if row is not None:
-            claims[source] = row
+        Raises TableFull or BlocksFull when some did not fit; all others are done then.
+        """
+        refused: TableFull | BlocksFull | None = None
+        for keys in _pieces(self._prefixes(work)):
+            with self._image_lock:
+                put, gone = self._owners(keys, work.own)
+                try:
+                    apply(self._image.claim(put, gone if delete else ()))
+                    self._unfit.difference_update(keys)
+                except (TableFull, BlocksFull) as error:
+                    refused = error
+                    self._unfit.update(keys)
+                    self._unfit_due = time.monotonic() + UNFIT_S
+        if refused is not None:
+            raise refused
+
+    def _prefixes(self, work: _Work) -> list[int]:
+        """What the work is about, own addresses first, and what did not fit the last time."""
+        own, claims, nodes = work.own, self._tables.ips.claims, self._nodes_at
+        if work.dirty is None:
+            found = self._tables.ips.prefixes()
+            found += [key for key in nodes if not claims(key)]
+            found += [key for key in self._image.owned() if not claims(key) and key not in nodes]
+            first = list(own)
         else:
-            claims.pop(source, None)
-        if not claims:
-            del self._claims[prefix]
+            found = list(work.dirty)
+            if time.monotonic() >= self._unfit_due:
+                found += self._unfit - work.dirty
+            first = [key for key in found if key in own]
+        return first + [key for key in found if key not in own]
 
-    def _take_nodes(self, keys: Iterable[NodeKey]) -> set[Prefix]:
+    def _owners(
+        self, keys: Iterable[int], own: frozenset[int]
+    ) -> tuple[dict[int, Identity | None], list[int]]:
+        """Who owns which prefix, None where two claim it; and those that nobody owns. In the worker thread."""
+        put: dict[int, Identity | None] = {}
+        gone = []
+        claims, nodes = self._tables.ips.claims, self._nodes_at
+        for key in keys:
+            rows = claims(key)
+            if key in own:
+                put[key] = HOST
+            elif len(rows) == 1 and key not in nodes:
+                put[key] = rows[0].identity
+            elif rows or key in nodes:
+                row = winner(
+                    {one.source: one for one in rows} | nodes.get(key, {}), self.settings.compile.cluster_name
+                )
+                put[key] = row.identity if row is not None else None
+                if row is None:
+                    self.conflicts.add(key)
+                    continue
+            else:
+                gone.append(key)
+            self.conflicts.discard(key)
+        return put, gone
+
+    def _take_nodes(self, keys: Iterable[NodeKey]) -> set[int]:
         """Addresses of nodes are claims too, weaker than what the store says of an address itself."""
-        dirty = set()
+        dirty = set[int]()
         for key in keys:
             source = f"node:{key.cluster}/{key.name}"
             before = self._node_claims.pop(key, {})
             row = self._tables.nodes.get(key)
-            now = (
-                {}
-                if row is None
-                else {one: IpRow(self._node_identity(key, row), key.name) for _, one in row.addresses}
-            )
+            now: dict[int, IpRow] = {}
             if row is None:
                 self._node_numbers.pop(key, None)
             else:
-                self._node_claims[key] = now
-            for prefix in before.keys() | now.keys():
-                self._claim(prefix, source, now.get(prefix))
-                dirty.add(prefix)
+                claim = IpRow(self._node_identity(key, row), key.name)
+                now = self._node_claims[key] = {compact(one): claim for _, one in row.addresses}
+            for prefix in before.keys() - now.keys():
+                self._node_claim(prefix, source, None)
+            for prefix, claim in now.items():
+                self._node_claim(prefix, source, claim)
+            dirty |= before.keys() | now.keys()
         return dirty
+
+    def _node_claim(self, prefix: int, source: str, row: IpRow | None) -> None:
+        claims = {one: what for one, what in self._nodes_at.get(prefix, {}).items() if one != source}
+        if row is not None:
+            claims[source] = row
+        if claims:
+            self._nodes_at[prefix] = claims
+        else:
+            del self._nodes_at[prefix]
 
     def _node_identity(self, key: NodeKey, row: NodeRow) -> Identity:
         """A number of its own for a node with labels, so that `fromNodes` can tell nodes apart."""
@@ -376,28 +435,8 @@ class Program:
             self._node_numbers[key] = Identity(number)
         return self._node_numbers[key]
 
-    def _take_own(self, host: HostRow) -> set[Prefix]:
-        dirty = set(host.addresses ^ self._own)
-        self._own = host.addresses
-        return dirty
-
-    def _owners(self, dirty: set[Prefix]) -> tuple[dict[Prefix, Identity | None], tuple[Prefix, ...]]:
-        put: dict[Prefix, Identity | None] = {}
-        delete = []
-        if self._compiled is None:  # the first pass of this process: what an earlier one left is replaced
-            dirty = dirty | self._own | self._claims.keys() | {*map(expand, self._image.owned())}
-        for prefix in dirty:
-            claims = self._claims.get(prefix)
-            if prefix in self._own:
-                put[prefix] = HOST
-            elif claims:
-                row = winner(claims, self.settings.compile.cluster_name)
-                put[prefix] = row.identity if row is not None else None
-                (self.conflicts.discard if row is not None else self.conflicts.add)(prefix)
-            else:
-                delete.append(prefix)
-                self.conflicts.discard(prefix)
-        return put, tuple(delete)
+    def _take_own(self, host: HostRow) -> set[int]:
+        return set(self._own ^ frozenset(map(compact, host.addresses)))
 
     def _labels(self, identity: Identity, host: HostRow) -> LabelSet | None:
         if identity == HOST:
@@ -504,8 +543,8 @@ class Program:
         self._tables.status.put(key, replace(row, since=since))
 
 
-def _compacted(work: _Work) -> tuple[dict[int, Identity | None], list[int]]:
-    return {compact(one): who for one, who in work.put.items()}, list(map(compact, work.delete))
+def _pieces(keys: list[int]) -> Iterator[list[int]]:
+    return (keys[at : at + PIECE] for at in range(0, len(keys), PIECE))
 
 
 def _same(old: Compiled, new: Compiled) -> bool:

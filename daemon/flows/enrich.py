@@ -20,9 +20,9 @@ from daemon.flows.decode import Brief, Event, address_text, events, meaning
 from daemon.model.flow import Endpoint, Flow
 from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, Label, LabelSet, format_labels
-from daemon.model.net import Direction, Prefix, Proto, packed_prefix
+from daemon.model.net import Direction, Prefix, Proto, compact, packed_prefix
 from daemon.model.rule import RuleOrigin
-from daemon.state.tables import IpKey, NodeKey, PolicyKey, Tables
+from daemon.state.tables import NodeKey, PolicyKey, Tables
 
 GENERATIONS = 16  # whose rules are remembered
 IDENTITIES = 16_384  # whose labels are remembered
@@ -160,13 +160,11 @@ class Enricher:
 class Directory(Enricher):
     """What is known of identities, addresses, rules and devices, for flows that are being looked at.
 
-    `ip_sources` are the sources that have rows in tables.ips, `generation_now` tells what the data path
-    enforces (None: unknown); the pipeline keeps both up to date.
+    `generation_now` tells what the data path enforces (None: unknown); the pipeline keeps it up to date.
     """
 
     def __init__(self, tables: Tables) -> None:
         super().__init__()
-        self.ip_sources: set[str] = set()
         self.generation_now: Callable[[], int | None] = lambda: None
         self._tables = tables
         self._labels: dict[int, tuple[LabelSet, tuple[str, ...]]] = {}
@@ -250,9 +248,8 @@ class Directory(Enricher):
         if not family:
             return plain
         prefix = packed_prefix(address[:4] if family == 4 else address)
-        for source in self.ip_sources:
-            row = self._tables.ips.get(IpKey(prefix, source))
-            if row and row.name and row.identity == identity:
+        for row in self._tables.ips.claims(compact(prefix)):
+            if row.name and row.identity == identity:
                 return Side(
                     plain.address, plain.identity, plain.labels, row.namespace, row.name, "", plain.cluster
                 )
@@ -273,7 +270,7 @@ class Directory(Enricher):
         tables = self._tables
         revisions = (
             tables.identities.revision, tables.ips.revision, tables.nodes.revision, tables.host.revision,
-            tables.devices.revision, len(self.ip_sources),
+            tables.devices.revision,
         )  # fmt: skip
         if revisions == self._revisions:
             return

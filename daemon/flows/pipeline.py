@@ -55,7 +55,6 @@ class FlowPipeline:
         self._losses_before: tuple[int, dict[int, int]] | None = None
         self._changed = asyncio.Event()
         self._rules = tables.rules.reader(self._changed)
-        self._ips = tables.ips.reader(self._changed)
 
     def observe(self, request: Request) -> AsyncIterator[Answer]:
         """Flows and losses, as daemon.flows.observe describes."""
@@ -78,7 +77,6 @@ class FlowPipeline:
                 self._changed.clear()
                 if self._rules.take():
                     self.directory.note(())
-                self.directory.ip_sources.update(key.source for key in self._ips.take())
         finally:
             if source:
                 self._close(source)

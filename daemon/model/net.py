@@ -97,7 +97,7 @@ _ADDRESS = (1 << 128) - 1
 def compact(prefix: Prefix) -> int:
     """The prefix as one integer, a third of its memory: an IPv4 host is its address, all others are longer numbers."""
     if prefix.family == 4:
-        return prefix.address | 32 - prefix.length << 128
+        return prefix.address if prefix.length == 32 else prefix.address | 32 - prefix.length << 128
     return prefix.address | 192 - prefix.length << 128
 
 

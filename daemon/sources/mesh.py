@@ -316,7 +316,7 @@ class MeshSource:
                 case IdentityDeleted():
                     self._identity_gone(Identity(change.identity), source)
                 case IpUpserted():
-                    row = IpRow(Identity(change.identity), change.name, change.namespace, change.node)
+                    row = IpRow(Identity(change.identity), change.name, change.namespace, change.node, source)
                     self._tables.ips.put(IpKey(_prefix(change.cidr), source), row)
                 case IpDeleted():
                     self._tables.ips.delete(IpKey(_prefix(change.cidr), source))

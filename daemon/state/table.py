@@ -1,7 +1,7 @@
 """Table: immutable rows by key, and for each reader the keys that changed since it last looked."""
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -17,8 +17,7 @@ class Reader(Generic[K]):
 
     def take(self) -> set[K]:
         """The changed keys, forgotten here."""
-        taken = set(self._keys)
-        self._keys.clear()
+        taken, self._keys = self._keys, set()
         return taken
 
     def __bool__(self) -> bool:
@@ -30,19 +29,56 @@ class Reader(Generic[K]):
         self._wake.set()
 
 
-class Table(Generic[K, V]):
-    """Rows by key. `revision` rises with every change; `synced` says that its sources have told everything."""
+class Followed(Generic[K]):
+    """What all tables have: `revision` rises with every change; `synced` says that its sources have told everything."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.revision = 0
         self.synced = False
         self.stale_since: dict[str, float] = {}  # source -> wall-clock seconds since it is out of reach
-        self._rows: dict[K, V] = {}
         self._readers: list[Reader[K]] = []
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _keys(self) -> Iterable[K]:
+        """What a new reader has marked."""
+        raise NotImplementedError
+
+    def mark_synced(self) -> None:
+        """The source has told everything it has; wakes readers once."""
+        if not self.synced:
+            self.synced = True
+            for reader in self._readers:
+                reader._wake.set()
+
+    def reader(self, wake: asyncio.Event) -> Reader[K]:
+        """A new reader that has every present key marked; `wake` is set on each later change."""
+        reader: Reader[K] = Reader(set(self._keys()), wake)
+        self._readers.append(reader)
+        if len(self):
+            wake.set()
+        return reader
+
+    def _changed(self, key: K) -> None:
+        self.revision += 1
+        for reader in self._readers:
+            reader.mark(key)
+
+
+class Table(Followed[K], Generic[K, V]):
+    """Rows by key."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._rows: dict[K, V] = {}
+
+    def __len__(self) -> int:
         return len(self._rows)
+
+    def _keys(self) -> Iterable[K]:
+        return self._rows
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows
@@ -83,23 +119,3 @@ class Table(Generic[K, V]):
             self.delete(key)
         for key, row in rows.items():
             self.put(key, row)
-
-    def mark_synced(self) -> None:
-        """The source has told everything it has; wakes readers once."""
-        if not self.synced:
-            self.synced = True
-            for reader in self._readers:
-                reader._wake.set()
-
-    def reader(self, wake: asyncio.Event) -> Reader[K]:
-        """A new reader that has every present key marked; `wake` is set on each later change."""
-        reader: Reader[K] = Reader(set(self._rows), wake)
-        self._readers.append(reader)
-        if self._rows:
-            wake.set()
-        return reader
-
-    def _changed(self, key: K) -> None:
-        self.revision += 1
-        for reader in self._readers:
-            reader.mark(key)

@@ -1,15 +1,16 @@
 """The declared tables, their keys and rows. Sources write them, compilers read values, reconcilers write the kernel."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from daemon.model.identity import Identity
 from daemon.model.labels import LabelSet
-from daemon.model.net import Prefix
+from daemon.model.net import Prefix, compact, expand
 from daemon.model.problem import Problem
 from daemon.model.rule import CidrGroup, Policy, RuleOrigin
-from daemon.state.table import Table
+from daemon.state.table import Followed, Table
 
 LOCAL = "local"  # `source` of rows that this host itself knows
 
@@ -45,6 +46,7 @@ class IpRow:
     name: str = ""
     namespace: str = ""
     node: str = ""
+    source: str = field(default="", compare=False)  # as in the key; IpTable sees to it
 
 
 class NodeKey(NamedTuple):
@@ -106,6 +108,98 @@ class StatusRow:
     warn: bool = False
 
 
+class IpTable(Followed[int]):
+    """Claims to addresses, up to a million: one integer and one row each. Readers get prefixes as `compact` numbers.
+
+    `claims` may be called from any thread: what is kept of a prefix is replaced as a whole.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._rows: dict[
+            int, IpRow | tuple[IpRow, ...]
+        ] = {}  # a tuple where several sources claim the prefix
+        self._shared: set[int] = set()  # keys of those
+        self.counts: Counter[str] = Counter()  # source -> claims
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self) -> Iterator[IpKey]:
+        for key in self.prefixes():
+            for row in self.claims(key):
+                yield IpKey(expand(key), row.source)
+
+    def __contains__(self, key: IpKey) -> bool:
+        return self.get(key) is not None
+
+    def __getitem__(self, key: IpKey) -> IpRow:
+        row = self.get(key)
+        if row is None:
+            raise KeyError(key)
+        return row
+
+    def get(self, key: IpKey) -> IpRow | None:
+        """What one source says of a prefix."""
+        return next((row for row in self.claims(compact(key.prefix)) if row.source == key.source), None)
+
+    def claims(self, prefix: int) -> tuple[IpRow, ...]:
+        """What all sources say of a prefix."""
+        rows = self._rows.get(prefix, ())
+        return rows if isinstance(rows, tuple) else (rows,)
+
+    def prefixes(self) -> list[int]:
+        """Every claimed prefix, as of now."""
+        return list(self._rows)
+
+    def shared(self) -> list[int]:
+        """Prefixes that several sources claim."""
+        return list(self._shared)
+
+    def put(self, key: IpKey, row: IpRow) -> bool:
+        """Insert or replace one claim; False when it was there already and equal."""
+        number, source = compact(key.prefix), key.source
+        if row.source != source:
+            row = replace(row, source=source)
+        before = self.claims(number)
+        others = tuple(one for one in before if one.source != source)
+        if len(others) < len(before):
+            if row in (one for one in before if one.source == source):
+                return False
+        else:
+            self.counts[source] += 1
+        self._keep(number, (*others, row))
+        return True
+
+    def delete(self, key: IpKey) -> bool:
+        """Remove one claim; False when there was none."""
+        number = compact(key.prefix)
+        before = self.claims(number)
+        others = tuple(one for one in before if one.source != key.source)
+        if len(others) == len(before):
+            return False
+        self.counts[key.source] -= 1
+        if not self.counts[key.source]:
+            del self.counts[key.source]
+        self._keep(number, others)
+        return True
+
+    def _keep(self, number: int, rows: tuple[IpRow, ...]) -> None:
+        if len(rows) > 1:
+            self._rows[number] = rows
+            self._shared.add(number)
+        else:
+            self._shared.discard(number)
+            if rows:
+                self._rows[number] = rows[0]
+            else:
+                del self._rows[number]
+        self._changed(number)
+
+    def _keys(self) -> Iterable[int]:
+        return self._rows
+
+
 @dataclass(slots=True)
 class Tables:
     """All tables. Built once by daemon/main.py and handed to those who need them."""
@@ -113,7 +207,7 @@ class Tables:
     policies: Table[PolicyKey, Policy] = field(default_factory=lambda: Table("policies"))
     cidr_groups: Table[str, CidrGroup] = field(default_factory=lambda: Table("cidr_groups"))
     identities: Table[Identity, IdentityRow] = field(default_factory=lambda: Table("identities"))
-    ips: Table[IpKey, IpRow] = field(default_factory=lambda: Table("ips"))
+    ips: IpTable = field(default_factory=lambda: IpTable("ips"))
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
     devices: Table[int, Device] = field(default_factory=lambda: Table("devices"))  # by index
     host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))

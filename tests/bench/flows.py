@@ -105,7 +105,6 @@ def main() -> None:
         for name, sources in (("256 sources", 256), ("random sources", 1 << 16)):
             raw = packed(count, sources, chance)
             pipeline = FlowPipeline(tables(), Path(pins))
-            pipeline.directory.ip_sources.add("mesh:beta")
             report(f"{name}: {count} events", raw, pipeline, count)
         for name, sources in (("256 sources", 256), ("random sources", 1 << 16)):
             with tempfile.TemporaryDirectory() as directory:
@@ -115,7 +114,6 @@ def main() -> None:
 
 def report_recorded(name: str, raw: bytes, pipeline: FlowPipeline, directory: Path, count: int) -> None:
     """Write `count` times ten events in ten files, then ask them: the floor is decompressing them, in the same run."""
-    pipeline.directory.ip_sources.add("mesh:beta")
     pipeline.append(raw)
     pipeline.directory.refresh()
     begun = time.process_time()

@@ -280,7 +280,6 @@ def node(address):
 async def test_namespaces_are_those_of_recent_flows(client, pipeline, tables):
     tables.ips.put(IpKey(parse_prefix("203.0.113.9"), "mesh:beta"), IpRow(Identity(70_000), "web-0", "prod"))
     tables.identities.put(Identity(70_000), identity("k8s:io.cilium.k8s.policy.cluster=beta"))
-    pipeline.directory.ip_sources.add("mesh:beta")
     pipeline.append(packed(identity=70_000, time_ns=_monotonic()) + packed(time_ns=_monotonic()))
     found = await client.ask("/observer.Observer/GetNamespaces", observer_pb2.GetNamespacesResponse)
     assert [(one.cluster, one.namespace) for one in found.namespaces] == [("beta", "prod")]

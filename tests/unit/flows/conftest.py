@@ -122,6 +122,4 @@ def pack() -> Callable[..., bytes]:
 @pytest.fixture
 def pipeline(tables: Tables, tmp_path) -> FlowPipeline:
     """A pipeline without a kernel: `append` is what the ring would call."""
-    found = FlowPipeline(tables, tmp_path, capacity=1024)
-    found.directory.ip_sources.add("mesh:beta")
-    return found
+    return FlowPipeline(tables, tmp_path, capacity=1024)

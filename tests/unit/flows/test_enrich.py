@@ -20,7 +20,6 @@ BAN_KIND = "CiliumClusterwideNetworkPolicy"
 def see(tables):
     """Event bytes -> Flow, as if it arrived and was looked at now."""
     directory = Directory(tables)
-    directory.ip_sources.add("mesh:beta")
 
     def look(raw):
         directory.note(map(Brief._make, briefs(raw)))

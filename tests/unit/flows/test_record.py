@@ -103,9 +103,7 @@ def tables():
 
 @pytest.fixture
 def pipeline(tables, tmp_path):
-    found = FlowPipeline(tables, tmp_path, capacity=4_096)
-    found.directory.ip_sources.add("mesh:beta")
-    return found
+    return FlowPipeline(tables, tmp_path, capacity=4_096)
 
 
 def settings(directory, **changes):

@@ -75,7 +75,7 @@ async def test_a_start_without_the_store_knows_what_was_last_known(path: Path, r
     tables = Tables()
     async with running(make(tables, kv, path)):
         await until(lambda: tables.ips.synced)
-        assert dict(tables.ips.rows) == dict(before.ips.rows)
+        assert {one: tables.ips[one] for one in tables.ips} == {one: before.ips[one] for one in before.ips}
         assert len(tables.ips) == 30
         assert dict(tables.identities.rows) == dict(before.identities.rows)
         assert dict(tables.nodes.rows) == dict(before.nodes.rows)
