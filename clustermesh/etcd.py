@@ -18,7 +18,19 @@ from typing import Any, TypeVar
 import grpc
 
 from clustermesh.etcdpb import etcd_pb2 as pb
-from clustermesh.kv import Compacted, ConnectionLost, Denied, Entry, Event, KVError, LeaseLost, Listing
+from clustermesh.kv import (
+    Committed,
+    Compacted,
+    Compare,
+    ConnectionLost,
+    Denied,
+    Entry,
+    Event,
+    KVError,
+    LeaseLost,
+    Listing,
+    Put,
+)
 from clustermesh.settings import EtcdSettings, split_endpoint
 
 log = logging.getLogger(__name__)
@@ -115,18 +127,21 @@ class EtcdKV:
         reply = await self._unary(lambda one: one.range, pb.RangeRequest(key=key.encode()))
         return _entry(reply.kvs[0]) if reply.kvs else None
 
-    async def list(self, prefix: str) -> Listing:
+    async def list(self, prefix: str, *, linear: bool = False) -> Listing:
         entries: list[Entry] = []
         revision = store = 0
-        async with aclosing(self.pages(prefix)) as pages:
+        async with aclosing(self._pages(prefix, serializable=not linear)) as pages:
             async for page in pages:
                 entries.extend(page.entries)
                 revision, store = page.revision, page.store
         return Listing(tuple(entries), revision, store)
 
-    async def pages(self, prefix: str) -> AsyncGenerator[Listing, None]:
+    def pages(self, prefix: str) -> AsyncGenerator[Listing, None]:
+        return self._pages(prefix, serializable=True)
+
+    async def _pages(self, prefix: str, *, serializable: bool) -> AsyncGenerator[Listing, None]:
         start, end = prefix.encode(), prefix_end(prefix.encode())
-        revision, serializable = 0, True
+        revision = 0
         while True:
             request = pb.RangeRequest(
                 key=start,
@@ -190,11 +205,12 @@ class EtcdKV:
         return bool(reply.deleted)
 
     async def create(self, key: str, value: bytes, lease: int = 0) -> bool:
-        put = pb.PutRequest(key=key.encode(), value=value, lease=lease)
-        absent = pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.VERSION, key=key.encode(), version=0)
-        request = pb.TxnRequest(compare=[absent], success=[pb.RequestOp(request_put=put)])
+        return (await self.commit((Compare(key, "version", 0),), (Put(key, value, lease),))).done
+
+    async def commit(self, compares: Sequence[Compare], puts: Sequence[Put] = ()) -> Committed:
+        request = pb.TxnRequest(compare=map(_compare, compares), success=map(_operation, puts))
         reply = await self._unary(lambda one: one.txn, request)
-        return bool(reply.succeeded)
+        return Committed(bool(reply.succeeded), int(reply.header.revision))
 
     async def grant(self, ttl_s: int) -> int:
         reply = await self._unary(lambda one: one.grant, pb.LeaseGrantRequest(TTL=ttl_s))
@@ -437,6 +453,32 @@ class _Lag:
 
 async def _once(message: Message) -> AsyncGenerator[Message, None]:
     yield message
+
+
+_TARGETS = {
+    "version": pb.Compare.VERSION,
+    "create_revision": pb.Compare.CREATE,
+    "mod_revision": pb.Compare.MOD,
+}
+
+
+def _compare(one: Compare) -> Message:
+    key = one.key.encode()
+    number: Message = {one.field: one.number}
+    return pb.Compare(
+        result=pb.Compare.EQUAL,
+        target=_TARGETS[one.field],
+        key=key,
+        range_end=prefix_end(key) if one.prefix else b"",
+        **number,
+    )
+
+
+def _operation(one: Put) -> Message:
+    key = one.key.encode()
+    if one.value is None:
+        return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key))
+    return pb.RequestOp(request_put=pb.PutRequest(key=key, value=one.value, lease=one.lease))
 
 
 def _entry(kv: Message) -> Entry:

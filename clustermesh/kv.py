@@ -4,9 +4,10 @@ import asyncio
 import bisect
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 PAGE = 5000  # entries per page: measured, see docs/clustermesh.md
+MOST_OPERATIONS = 128  # of one transaction: etcd's default limit
 
 
 class KVError(Exception):
@@ -59,6 +60,36 @@ class Listing:
     store: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """A condition of a transaction. A key that does not exist has 0 everywhere.
+
+    `prefix`: it must hold for every key under `key`; `Compare(p, "version", 0, prefix=True)`: there is none.
+    """
+
+    key: str
+    field: Literal["version", "create_revision", "mod_revision"]
+    number: int
+    prefix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """One write of a transaction; `value` None deletes the key."""
+
+    key: str
+    value: bytes | None
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """How a transaction ended, and the store's revision then: of the writes, if it was carried out."""
+
+    done: bool
+    revision: int
+
+
 class KV(Protocol):
     """What the protocol needs of a store. Every method raises KVError only."""
 
@@ -69,7 +100,9 @@ class KV(Protocol):
 
     async def get(self, key: str) -> Entry | None: ...
 
-    async def list(self, prefix: str) -> Listing: ...
+    async def list(self, prefix: str, *, linear: bool = False) -> Listing:
+        """linear: as the whole store agrees on it now, not as one member saw it a moment ago."""
+        ...
 
     def pages(self, prefix: str) -> AsyncGenerator[Listing, None]:
         """The same piece by piece, all at one revision; at least one page."""
@@ -97,6 +130,10 @@ class KV(Protocol):
 
     async def create(self, key: str, value: bytes, lease: int = 0) -> bool:
         """Put only if the key does not exist; False when it does."""
+        ...
+
+    async def commit(self, compares: Sequence[Compare], puts: Sequence[Put] = ()) -> Committed:
+        """If all conditions hold, all writes in one revision; else nothing. At most MOST_OPERATIONS of each."""
         ...
 
     async def close(self) -> None: ...
@@ -127,7 +164,7 @@ class MemoryKV:
         self._check()
         return self._entries.get(key)
 
-    async def list(self, prefix: str) -> Listing:
+    async def list(self, prefix: str, *, linear: bool = False) -> Listing:  # noqa: ARG002 - it always is
         self._check()
         found = sorted(key for key in self._entries if key.startswith(prefix))
         return Listing(tuple(self._entries[key] for key in found), self._revision)
@@ -153,22 +190,44 @@ class MemoryKV:
                 await wake.wait()
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        self._check()
-        if lease and lease not in self._leases:
-            raise LeaseLost(f"lease {lease:x} not found")
-        old = self._entries.get(key)
-        created = old.create_revision if old else self._revision + 1
-        version = old.version + 1 if old else 1
-        self._entries[key] = Entry(key, value, self._revision + 1, created, version, lease)
-        self._record([Event(key, value, self._revision + 1)])
-        return self._revision
+        return (await self.commit((), (Put(key, value, lease),))).revision
 
     async def delete(self, key: str) -> bool:
         self._check()
-        if self._entries.pop(key, None) is None:
-            return False
-        self._record([Event(key, None, self._revision + 1)])
-        return True
+        known = key in self._entries
+        await self.commit((), (Put(key, None),))
+        return known
+
+    async def commit(self, compares: Sequence[Compare], puts: Sequence[Put] = ()) -> Committed:
+        self._check()
+        if not all(map(self._holds, compares)):
+            return Committed(False, self._revision)
+        for one in puts:
+            if one.lease and one.lease not in self._leases:
+                raise LeaseLost(f"lease {one.lease:x} not found")
+        revision = self._revision + 1
+        events = []
+        for one in puts:
+            old = self._entries.pop(one.key, None)
+            if one.value is not None:
+                created, version = (old.create_revision, old.version + 1) if old else (revision, 1)
+                self._entries[one.key] = Entry(one.key, one.value, revision, created, version, one.lease)
+            if old is not None or one.value is not None:
+                events.append(Event(one.key, one.value, revision))
+        if events:
+            self._record(events)
+        return Committed(True, self._revision)
+
+    def _holds(self, one: Compare) -> bool:
+        if one.prefix:
+            return all(
+                getattr(entry, one.field) == one.number
+                for key, entry in self._entries.items()
+                if key.startswith(one.key)
+            )
+        found = self._entries.get(one.key)
+        number = 0 if found is None else getattr(found, one.field)
+        return bool(number == one.number)
 
     async def create(self, key: str, value: bytes, lease: int = 0) -> bool:
         self._check()

@@ -33,6 +33,9 @@ HEARTBEAT = "cilium/.heartbeat"
 CLUSTER_CONFIG = "cilium/cluster-config/"
 SYNCED = "cilium/synced/"
 IDENTITIES = "cilium/state/identities/v1"
+IDENTITY_MASTERS = f"{IDENTITIES}/id/"
+IDENTITY_REFERENCES = f"{IDENTITIES}/value/"
+IDENTITY_LOCKS = f"{IDENTITIES}/locks/"
 IPS = "cilium/state/ip/v1"
 NODES = "cilium/state/nodes/v1"
 SERVICES = "cilium/state/services/v1"
@@ -62,12 +65,22 @@ def canary_key(cluster: str, resource: str) -> str:
 
 
 def identity_key(number: int) -> str:
-    return f"{IDENTITIES}/id/{number}"
+    return f"{IDENTITY_MASTERS}{number}"
+
+
+def identity_value_prefix(labels: str) -> str:
+    """Below it are the references of all nodes to an identity; `labels` is the canonical string."""
+    return f"{IDENTITY_REFERENCES}{labels}/"
 
 
 def identity_value_key(labels: str, suffix: str) -> str:
-    """The reference of one node to an identity; `labels` is the canonical string."""
-    return f"{IDENTITIES}/value/{labels}/{component(suffix)}"
+    """The reference of one node to an identity."""
+    return f"{identity_value_prefix(labels)}{component(suffix)}"
+
+
+def identity_lock(labels: str) -> str:
+    """The lock under which the identity of a label set is allocated; also of `id/<number>`, for collectors."""
+    return f"{IDENTITY_LOCKS}{labels}"
 
 
 def ip_key(prefix: str) -> str:
