@@ -394,15 +394,17 @@ class Allocator:
     def _compare(self, labels: str, number: int, event: Event) -> None:
         """A master of a label set came or went: is that the number we use for it?"""
         held = self._held.get(labels)
-        if held is None or event.revision <= held.master:
+        if held is None:
             return
+        says_so = event.value is not None and event.value == labels.encode()
         if held.number != number:
-            if event.value is not None:
-                self._doubt(labels)  # a second number for it: see which one stays
-        elif event.value is not None and event.value == labels.encode():
-            self._held[labels] = replace(held, master=event.revision)
-        else:
-            self._doubt(labels)
+            if says_so:
+                self._doubt(labels)  # a second number for it, new or old news: see which one stays
+        elif event.revision > held.master:
+            if says_so:
+                self._held[labels] = replace(held, master=event.revision)
+            else:
+                self._doubt(labels)
 
     def _remember(self, number: int, labels: str) -> None:
         self._forget(number)

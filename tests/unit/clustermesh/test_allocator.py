@@ -43,6 +43,8 @@ class Line:
         self.breaks_at: tuple[int, bool] | None = None  # which call, and whether the store still hears it
         self.pause: Callable[[], float] = lambda: 0
         self.broken = asyncio.Event()
+        self.current = asyncio.Event()  # cleared: the watch lags behind
+        self.current.set()
 
     async def _through(self, work: Callable[[], object]) -> object:
         self.calls += 1
@@ -69,6 +71,7 @@ class Line:
         if self.down:
             raise ConnectionLost("cut")
         async for batch in self.store.watch(prefix, revision):
+            await self.current.wait()
             if self.down:
                 raise ConnectionLost("cut")
             yield batch
@@ -349,6 +352,70 @@ async def test_sixteen_lost_locks_in_a_row_are_an_error() -> None:
         await node.allocator.allocate(WEB)
 
 
+async def test_a_lock_of_somebody_else_is_waited_for() -> None:
+    store = MemoryKV()
+    await store.put(wire.identity_lock(WEB) + "/abc", b"")
+    node = NodeOf(store, "n1")
+    async with running(node):
+        node.allocator.want([WEB])
+        await eventually(lambda: len(store._entries) == 2)  # ours stands behind theirs
+        await asyncio.sleep(0.02)
+        assert not masters(store)
+        await store.delete(wire.identity_lock(WEB) + "/abc")
+        await eventually(lambda: node.allocator.settled)
+
+
+class Meanwhile(MemoryKV):
+    """A store in which something happens right after a certain read."""
+
+    def __init__(self, after: str, happens: Callable[["Meanwhile"], object]) -> None:
+        super().__init__()
+        self.after, self.happens = after, happens
+
+    async def _now(self, key: str) -> None:
+        if self.after and key.startswith(self.after):
+            self.after = ""
+            await self.happens(self)  # type: ignore[misc]
+
+    async def get(self, key: str) -> Entry | None:
+        found = await super().get(key)
+        await self._now(key)
+        return found
+
+    async def list(self, prefix: str, *, linear: bool = False) -> Listing:
+        found = await super().list(prefix)
+        await self._now(prefix)
+        return found
+
+
+async def test_who_lost_the_lock_in_the_middle_does_not_allocate() -> None:
+    async def taken(store: Meanwhile) -> None:
+        for one in (await store.list(wire.IDENTITY_LOCKS)).entries:
+            await store.delete(one.key)
+        await store.put(wire.identity_key(FIRST + 9), WEB.encode())
+        await store.put(wire.identity_value_key(WEB, "other"), str(FIRST + 9).encode())
+
+    store = Meanwhile(wire.identity_value_prefix(WEB), taken)
+    node = NodeOf(store, "n1")
+    async with running(node):
+        node.allocator.want([WEB])
+        await eventually(lambda: node.allocator.settled)
+        assert masters(store) == {FIRST + 9: WEB}
+
+
+async def test_a_master_that_is_collected_in_the_middle_is_written_anew_with_the_reference() -> None:
+    async def collected(store: Meanwhile) -> None:
+        await store.delete(wire.identity_key(FIRST + 9))
+
+    store = Meanwhile(wire.identity_key(FIRST + 9), collected)
+    await store.put(wire.identity_key(FIRST + 9), WEB.encode())
+    node = NodeOf(store, "n1")
+    async with running(node):
+        await eventually(lambda: bool(node.allocator._masters))
+        number = await node.allocator.allocate(WEB)
+        assert masters(store) == {number: WEB}
+
+
 @pytest.mark.parametrize(("mode", "first", "last"), [(255, 131072, 196607), (511, 65536, 98303)])
 def test_the_range_is_the_clusters_in_both_modes(mode: int, first: int, last: int) -> None:
     assert wire.identity_range(2, mode) == (first, last)
@@ -395,6 +462,28 @@ async def test_two_numbers_for_one_label_set_become_one() -> None:
         assert masters(store)[old] == DB
 
 
+async def test_a_node_that_allocated_with_an_old_view_joins_the_others() -> None:
+    store = MemoryKV()
+    one, two = NodeOf(store, "n1"), NodeOf(store, "n2", seed=1)
+    for node in (one, two):
+        node.allocator._reassert_s = 60
+    async with running(one, two):
+        await eventually(lambda: one.allocator._listed.is_set() and two.allocator._listed.is_set())
+        two.line.current.clear()  # does not hear of what comes
+        one.allocator.want([WEB])
+        await eventually(lambda: one.allocator.settled)
+        one.line.down = True
+        for lease in one.leases.all:
+            store.expire(lease)
+        two.allocator.want([WEB])
+        await eventually(lambda: two.allocator.settled)
+        one.line.down = False
+        await eventually(lambda: len(users(store)) == 2)
+        assert len(masters(store)) == 2
+        two.line.current.set()
+        await eventually(lambda: agree(one, two) and len(set(users(store).values())) == 1)
+
+
 # --- faults
 
 
@@ -424,6 +513,18 @@ async def test_a_connection_that_breaks_at_any_call_heals_without_a_trace(call: 
         await eventually(lambda: agree(node, other))
         await eventually(lambda: {owner for _, owner in users(store)} == {"n2"})
         assert not (await store.list(wire.IDENTITY_LOCKS)).entries
+
+
+@pytest.mark.parametrize("call", range(1, 12))
+async def test_what_is_no_longer_wanted_when_the_answer_was_lost_leaves_no_reference(call: int) -> None:
+    store = MemoryKV()
+    node = NodeOf(store, "n1", 1)
+    node.line.breaks_at = (call, True)
+    node.allocator.want([WEB])
+    async with running(node):
+        await eventually(lambda: node.line.broken.is_set() or node.allocator.settled)
+        node.allocator.want([])
+        await eventually(lambda: node.allocator.settled and not users(store))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
