@@ -475,6 +475,7 @@ async def test_a_node_that_allocated_with_an_old_view_joins_the_others() -> None
         one.line.down = True
         for lease in one.leases.all:
             store.expire(lease)
+        one.leases.forget()
         two.allocator.want([WEB])
         await eventually(lambda: two.allocator.settled)
         one.line.down = False
