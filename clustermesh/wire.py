@@ -83,6 +83,11 @@ def identity_lock(labels: str) -> str:
     return f"{IDENTITY_LOCKS}{labels}"
 
 
+def collector_key(cluster: str) -> str:
+    """Names the node that removes a cluster's unused identities. Ours alone: the original elects elsewhere."""
+    return f"meshwall/collector/{component(cluster)}"
+
+
 def ip_key(prefix: str) -> str:
     """`prefix` is canonical text: `10.1.0.5`, `fd00::5` or `10.1.2.0/24`."""
     return f"{IPS}/{ADDRESS_SPACE}/{prefix}"

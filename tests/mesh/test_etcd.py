@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clustermesh.etcd import EtcdKV
-from clustermesh.kv import KV, Compacted, ConnectionLost, Event, LeaseLost, MemoryKV
+from clustermesh.kv import KV, Compacted, Compare, ConnectionLost, Event, LeaseLost, MemoryKV, Put
 from clustermesh.settings import EtcdSettings, EtcdSettingsError
 
 
@@ -73,6 +73,30 @@ async def test_create_does_not_overwrite(store: KV) -> None:
     entry = await store.get("a")
     assert entry is not None
     assert entry.value == b"one"
+
+
+async def test_a_transaction_writes_everything_or_nothing(store: KV) -> None:
+    first = await store.commit(
+        (Compare("a", "version", 0), Compare("d/", "version", 0, prefix=True)),
+        (Put("a", b"1"), Put("d/1", b"1")),
+    )
+    entry = await store.get("a")
+    assert first.done
+    assert entry is not None
+    assert (entry.create_revision, entry.mod_revision) == (first.revision, first.revision)
+    held = (Compare("a", "create_revision", first.revision), Compare("a", "mod_revision", first.revision))
+    again = await store.commit(held, (Put("a", b"2"), Put("d/1", None)))
+    assert again.done
+    assert again.revision > first.revision
+    assert (await store.list("d/")).entries == ()
+    for wrong in (held[1], Compare("a", "version", 0), Compare("a", "version", 1, prefix=True)):
+        assert not (await store.commit((held[0], wrong), (Put("a", b"3"), Put("e", b"3")))).done
+    entry = await store.get("a")
+    assert entry is not None
+    assert (entry.value, entry.version, await store.get("e")) == (b"2", 2, None)
+    with pytest.raises(LeaseLost):
+        await store.commit((), (Put("f", b""), Put("g", b"", lease=4711)))
+    assert await store.get("f") is None
 
 
 async def test_keys_go_with_their_lease(store: KV) -> None:
