@@ -23,7 +23,7 @@ from daemon.flows.pipeline import FlowPipeline
 from daemon.model.flow import DROP_TEXT, FIXED_RULES, FlowType, LostSource, rule_name
 from daemon.model.identity import LOCAL_SCOPE, REMOTE_NODE_SCOPE, Reserved
 from daemon.model.net import Direction, Proto
-from daemon.model.rule import RuleOrigin
+from daemon.model.rule import MatchType, RuleOrigin
 from daemon.runtime.loopwatch import Stalls
 from daemon.state.tables import Tables
 
@@ -38,6 +38,7 @@ _PROTOCOLS = {
     int(Proto.ICMP): "ICMPv4",
     int(Proto.ICMPV6): "ICMPv6",
 }
+MATCH_TEXT = {one: one.name.lower().replace("_", "-") for one in MatchType}
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -134,6 +135,22 @@ def _flows(pipeline: FlowPipeline) -> Iterator[Family]:
         [
             ({"reason": reason, "protocol": protocol}, count)
             for (reason, protocol), count in sorted(drops.items())
+        ],
+    )
+    yield Family(
+        "hubble_policy_verdicts_total",
+        "counter",
+        "Events that policy decided: drops, what audit mode would have dropped, and new connections",
+        [
+            (
+                {
+                    "direction": str(direction),
+                    "match": MATCH_TEXT[match],
+                    "action": verdict.name.lower(),
+                },
+                count,
+            )
+            for (direction, match, verdict), count in sorted(counters.verdicts.items())
         ],
     )
     yield Family(

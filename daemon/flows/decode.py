@@ -48,6 +48,7 @@ class Brief(NamedTuple):
     family: int
     proto: int
     identity: int
+    rule: int
     generation: int
 
 

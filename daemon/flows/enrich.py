@@ -185,6 +185,10 @@ class Directory(Enricher):
             if one.generation not in self._books:
                 self._keep_book(one.generation, self._book_of(one.generation))
 
+    def rule(self, generation: int, number: int) -> RuleOrigin | None:
+        """Where a rule of a generation comes from, as far as it was noted."""
+        return self._books.get(generation, NO_BOOK).rules.get(number)
+
     def new_data_path(self, number: int) -> None:
         """Generations count anew, beginning with the event of this number."""
         self._books.clear()

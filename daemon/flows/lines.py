@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from bpf.layout import RULE_DEFAULT_ALLOW
-from daemon.model.flow import Endpoint, Flow, FlowType, FlowVerdict, Lost, summary, tcp_flag_names
+from daemon.model.flow import Endpoint, Flow, FlowType, FlowVerdict, Lost, matched_by, summary, tcp_flag_names
 from daemon.model.net import Proto
 
 Json = dict[str, object]
 
-_ALL_MATCH = 4  # policy_match_type of a rule without peers and ports
 _L4 = {
     Proto.TCP: "TCP",
     Proto.UDP: "UDP",
@@ -70,8 +68,8 @@ def flow_json(flow: Flow, started_ns: int) -> Json:
         {"type": int(flow.type), "sub_type": int(flow.drop) if drop else 0}
     )
     shown["traffic_direction"] = flow.direction.name
-    if flow.rule == RULE_DEFAULT_ALLOW:
-        shown["policy_match_type"] = _ALL_MATCH
+    if not drop and (match := matched_by(flow.rule, flow.origin)):
+        shown["policy_match_type"] = int(match)
     if not drop:
         shown["is_reply"] = False
     elif flow.drop:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from bpf.layout import BUDGET, LAYOUT_VERSION, REASONS, maps
 from bpf.syscall import LayoutMismatch, PinnedMap, map_info, obj_get
-from daemon.flows.decode import SIZE, Brief, briefs
+from daemon.flows.decode import SIZE, Brief, briefs, meaning
 from daemon.flows.enrich import Directory
 from daemon.flows.observe import Answer, Request, observe
 from daemon.flows.ring import Ring
 from daemon.flows.store import CAPACITY, FlowStore
-from daemon.model.flow import Lost, LostSource
+from daemon.model.flow import FlowVerdict, Lost, LostSource, matched_by
+from daemon.model.net import Direction
+from daemon.model.rule import MatchType
 from daemon.state.tables import StatusRow, Tables
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ _BUDGET = struct.Struct(BUDGET.format)
 class FlowCounters:
     """What was seen since start; numbers only rise."""
 
-    events: Counter[Brief] = field(default_factory=Counter)  # with identity and generation left at 0
+    events: Counter[Brief] = field(default_factory=Counter)  # with identity, rule and generation left at 0
+    verdicts: Counter[tuple[Direction, MatchType, FlowVerdict]] = field(default_factory=Counter)
     lost: int = 0  # the kernel's ring was full
     suppressed: Counter[int] = field(
         default_factory=Counter
@@ -94,9 +97,14 @@ class FlowPipeline:
     def append(self, raw: bytes) -> None:
         """Count and store a run of whole events."""
         seen = {Brief._make(key): count for key, count in Counter(briefs(raw)).items()}
-        for one, count in seen.items():
-            self.counters.events[one._replace(identity=0, generation=0)] += count
         self.directory.note(seen)
+        for one, count in seen.items():
+            self.counters.events[one._replace(identity=0, rule=0, generation=0)] += count
+            means = meaning(one.kind, one.reason, 0)
+            if means.judged:
+                origin = self.directory.rule(one.generation, one.rule)
+                match = matched_by(one.rule, origin)
+                self.counters.verdicts[Direction(one.direction), match, means.verdict] += count
         self.store.append(raw, time.time_ns() - time.monotonic_ns())
 
     def _look(self, source: "_Source | None") -> "_Source | None":

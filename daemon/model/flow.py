@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from daemon.model.identity import Identity
 from daemon.model.net import Direction, Proto, proto_name
-from daemon.model.rule import RuleOrigin
+from daemon.model.rule import MatchType, RuleOrigin
 
 
 class FlowVerdict(IntEnum):
@@ -141,6 +141,16 @@ FIXED_RULES = {
     3: "failsafe",
     5: "exempt-node-port",
 }
+
+
+_FIXED_MATCH = {2: MatchType.ALL, 3: MatchType.L4_ONLY}
+
+
+def matched_by(number: int | None, origin: RuleOrigin | None) -> MatchType:
+    """By what the deciding rule matches; nothing for default denies and where policy was not asked."""
+    if origin is not None:
+        return MatchType(origin.match)
+    return _FIXED_MATCH.get(number, MatchType.NONE) if number is not None else MatchType.NONE
 
 
 def rule_name(number: int, origin: RuleOrigin | None) -> str:

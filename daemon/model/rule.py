@@ -134,10 +134,32 @@ class RuleOrigin:
     line: int = 0
     log: str = ""  # the policy's free-text log tag
     uid: str = ""  # metadata.uid, when there is one
+    match: int = 0  # MatchType
 
     @property
     def key(self) -> tuple[str, str, int, bool, int, int]:
         return (self.kind, self.policy, int(self.direction), self.deny, self.spec, self.index)
+
+
+class MatchType(IntEnum):
+    """By what a rule matches, as Hubble numbers it (policy_match_type)."""
+
+    NONE = 0
+    L3_ONLY = 1
+    L3_L4 = 2
+    L4_ONLY = 3
+    ALL = 4
+    L3_PROTO = 5
+    PROTO_ONLY = 6
+
+
+def match_type(peers: tuple[Selector, ...] | None, ports: tuple[PortMatch, ...] | None) -> MatchType:
+    """Of a rule with these peers and ports; whole protocols count as such only if there is nothing narrower."""
+    if ports is None:
+        return MatchType.ALL if peers is None else MatchType.L3_ONLY
+    if ports and all(isinstance(one, PortRange) and one.whole for one in ports):
+        return MatchType.PROTO_ONLY if peers is None else MatchType.L3_PROTO
+    return MatchType.L4_ONLY if peers is None else MatchType.L3_L4
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from daemon.model.rule import (
     Selector,
     Spec,
     SubjectKind,
+    match_type,
 )
 from daemon.policy import lower
 from daemon.policy.document import Node, read_documents, shown
@@ -530,6 +531,8 @@ class _Policies(Reader):
         ports, layer7 = self.ports(fields, path, direction, deny, scope)
         if peers is None and not any(name in fields for name in peer_fields) and ports is None:
             peers = ()  # `- {}`: matches nothing, its only effect is default deny
+        every = None if ports is None else (*ports, *layer7)
+        origin = replace(origin, match=int(match_type(peers, every)))
         return Rule(origin, peers, ports, layer7, self.authentication(fields.get("authentication"), path))
 
     def authentication(self, node: Node | None, path: str) -> str:

@@ -229,7 +229,7 @@ def test_a_drop_says_who_restricts_and_an_allowed_connection_which_line_allows(s
         "--verdict",
         "FORWARDED",
     )
-    assert "policy-verdict INGRESS ALLOWED (TCP Flags: SYN) policy=kubelet rule=ingress[0] " in text
+    assert "policy-verdict:L3-L4 INGRESS ALLOWED (TCP Flags: SYN) policy=kubelet rule=ingress[0] " in text
 
 
 async def test_hubble_clients_see_the_drops(daemon):

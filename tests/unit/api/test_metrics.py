@@ -138,3 +138,17 @@ def test_answers_to_denied_packets_are_counted_by_direction(told):
     text = told(answers={Direction.INGRESS: Hits(3, 180)})
     assert 'meshwall_rejected_packets_total{direction="INGRESS"} 3' in text
     assert 'meshwall_rejected_bytes_total{direction="INGRESS"} 180' in text
+
+
+def test_verdicts_of_policy_are_counted_by_what_matched(told, tables):
+    origin = RuleOrigin("a", "CiliumClusterwideNetworkPolicy", Direction.INGRESS, False, 0, 0, match=2)
+    tables.rules.put(16, origin)
+    told.pipeline.directory.generation_now = lambda: 3
+    allowed = EVENT.pack(kind=EventKind.ALLOW, family=4, proto=6, rule=16, generation=3)
+    dropped = EVENT.pack(kind=EventKind.DROP, reason=Reason.POLICY_DEFAULT, family=4, proto=6, generation=3)
+    malformed = EVENT.pack(kind=EventKind.DROP, reason=Reason.BAD_IHL, family=4, generation=3)
+    told.pipeline.append(allowed * 3 + dropped * 2 + malformed)
+    text = told()
+    assert 'hubble_policy_verdicts_total{direction="ingress",match="l3-l4",action="forwarded"} 3\n' in text
+    assert 'hubble_policy_verdicts_total{direction="ingress",match="none",action="dropped"} 2\n' in text
+    assert text.count("hubble_policy_verdicts_total{") == 2

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.model.labels import parse_labels
+from daemon.model.rule import MatchType
 from daemon.policy.ccnp import LanguageSettings, parse_cidr_list, parse_documents
 from daemon.policy.matching import matches
 
@@ -284,3 +285,25 @@ spec: {nodeSelector: {}, ingress: [{fromEntities: [world]}]}
     assert problem.field == "metadata.annotations.meshwall.io/review-by"
     assert "expected YYYY-MM-DD" in problem.message
     assert parsed.policies == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        ("fromEntities: [world]", "L3_ONLY"),
+        ('fromEntities: [world], toPorts: [{ports: [{port: "80", protocol: TCP}]}]', "L3_L4"),
+        ('toPorts: [{ports: [{port: "80", protocol: TCP}]}]', "L4_ONLY"),
+        ('fromEntities: [world], toPorts: [{ports: [{port: "0", protocol: TCP}]}]', "L3_PROTO"),
+        ('toPorts: [{ports: [{port: "0", protocol: TCP}]}]', "PROTO_ONLY"),
+        ("icmps: [{fields: [{type: 8}]}]", "L4_ONLY"),
+    ],
+)
+def test_a_rule_knows_by_what_it_matches(rule, match):
+    text = f"""
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {{name: a}}
+spec: {{nodeSelector: {{}}, ingress: [{{{rule}}}]}}
+"""
+    (policy,) = parse_documents(text, "p.yaml").policies
+    assert MatchType(policy.specs[0].rules[0].origin.match).name == match
