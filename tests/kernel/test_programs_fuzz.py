@@ -168,12 +168,13 @@ def change_bytes(choice: random.Random, frame: bytearray) -> None:
 
 
 def change_a_length(choice: random.Random, frame: bytearray) -> None:
-    """A field that says how long something is becomes a little or very wrong."""
+    """A field that says how long something is, or where it belongs, becomes a little or very wrong."""
     packet = parse(bytes(frame))
     layer3 = 14 + 4 * len(packet.vlans)
-    fields = {4: [(layer3 + 2, 2), (layer3, 1)], 6: [(layer3 + 4, 2), (layer3 + 41, 1)]}.get(
-        packet.family, []
-    )
+    fields = {
+        4: [(layer3 + 2, 2), (layer3, 1), (layer3 + 6, 2)],
+        6: [(layer3 + 4, 2), (layer3 + 41, 1), (layer3 + 42, 2)],
+    }.get(packet.family, [])
     fields += (
         [(packet.l4_off + 4, 2), (packet.l4_off + 12, 1), (packet.l4_off + 1, 1)] if packet.l4_off else []
     )
