@@ -414,7 +414,7 @@ class _Watchdog:
         while True:
             await asyncio.sleep(self._every_s)
             silent_s = time.monotonic() - self._last
-            if silent_s > 1000:
+            if silent_s > self._patience_s:
                 self.bit = f"no answer for {silent_s:.1f} s, although asked"
                 self.call.cancel()
                 return

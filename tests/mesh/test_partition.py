@@ -18,7 +18,7 @@ from clustermesh.follow import Backoff
 from clustermesh.kv import Compacted
 from clustermesh.settings import EtcdSettings, split_endpoint
 from daemon.sources.mesh import MeshSource
-from daemon.state.tables import IpKey, IpRow, Tables
+from daemon.state.tables import IpKey, Tables
 
 SEEDS = int(os.environ.get("MESHWALL_SEEDS", "50"))
 HEAL_S = 10.0
@@ -108,8 +108,9 @@ class Watched(Tables):
 
         self.ips.delete = watched  # type: ignore[method-assign]
 
-    def rows(self) -> dict[str, IpRow]:
-        return {str(key.prefix): row for key, row in self.ips.rows.items()}
+    @property
+    def addresses(self) -> set[str]:
+        return {str(key.prefix) for key in self.ips}
 
 
 class Scenario:
@@ -170,7 +171,7 @@ class Scenario:
 
     async def converged(self, within_s: float = HEAL_S) -> None:
         async with asyncio.timeout(within_s):
-            while not (self.source.follower.connected and self.tables.rows().keys() == self.tables.wanted):  # noqa: ASYNC110
+            while not (self.source.follower.connected and self.tables.addresses == self.tables.wanted):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
         self.tables.touched.clear()
@@ -220,7 +221,7 @@ class Scenario:
                     await self.outage(mode)
                 except (TimeoutError, AssertionError) as error:
                     status = self.tables.status.get(f"mesh:{self.name}")
-                    differs = self.tables.rows().keys() ^ self.tables.wanted
+                    differs = self.tables.addresses ^ self.tables.wanted
                     error.add_note(f"{self.name}: {mode}: {sorted(differs)}: {status}")
                     raise
             task.cancel()
