@@ -21,9 +21,10 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bpf import frames, layout
 from bpf.features import instruction, returns
@@ -528,7 +529,7 @@ def when_denied(rig: Rig, plain: Programs, rules: int) -> list[Case]:
         ("meshwall XDP", "plain XDP_DROP", lambda: linked(xdp, AttachType.XDP)),
         (
             "meshwall XDP, no events",
-            "meshwall XDP",
+            "plain XDP_DROP",
             lambda: several(linked(xdp, AttachType.XDP), events_off(rig)),
         ),
         (
@@ -662,6 +663,40 @@ def packet_cost(rules: Sequence[int], rounds: int, count: int, rig: Rig) -> dict
     return found
 
 
+class Figure(NamedTuple):
+    """What was measured of something that has a limit."""
+
+    what: str
+    value: float
+    limit: float
+
+
+def figures(tables: Mapping[str, Sequence[Row]]) -> Iterator[Figure]:
+    """The figures that a release has to reach."""
+    named = {title: {row.name: row for row in rows} for title, rows in tables.items()}
+    for title, rows in named.items():
+        if title.startswith("Denied"):
+            ours, plain, sets = (
+                rows[name] for name in ("meshwall XDP", "plain XDP_DROP", "nftables set, ingress")
+            )
+            yield Figure(f"{title}: XDP against plain XDP_DROP", ours.over(plain), 1.25)
+            yield Figure(f"{title}: events against none", ours.over(rows["meshwall XDP, no events"]), 1.15)
+            yield Figure(f"{title}: TCX against nftables sets", rows["meshwall TCX"].over(sets), 0.65)
+            yield Figure(
+                "  (the same of a program that only drops)", rows["plain drop at TCX"].over(sets), 0.65
+            )
+    rows = named["Allowed over veth"]
+    accepted = rows["meshwall XDP, sink"].over(rows["plain XDP_PASS, sink"])
+    yield Figure("Allowed over veth: XDP against plain XDP_PASS", accepted, 1.3)
+    rows = named["Program alone"]
+    empty = rows["xdp empty, random sources"]
+    many, few = (rows[f"xdp, random sources of {count} peers"] for count in ("1,000,000", "10"))
+    yield Figure("1,000,000 known peers against an empty program", many.over(empty), 4)
+    yield Figure("1,000,000 known peers against 10", many.over(few), 2)
+    forwarded = rows["forwarded, tcx in and out"].beyond(rows["empty, in and out"])
+    yield Figure("ns for a forwarded packet, in and out", forwarded, 60)
+
+
 def print_loading(rig: Rig) -> None:
     """What the verifier did."""
     for name, info in rig.loaded.info.items():
@@ -695,6 +730,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for title, rows in packet_cost(options.rules, options.rounds, options.packets, rig).items():
             tables[title] = rows
             report(f"{title}, sending included", rows)
+    print("\nFigures and their limits")
+    for what, value, limit in figures(tables):
+        print(f"{what:68}{value:8.2f}  {'at most' if value <= limit else 'ABOVE'} {limit}")
     if options.json:
         medians = {title: {row.name: row.median for row in rows} for title, rows in tables.items()}
         options.json.write_text(json.dumps(medians, indent=2), encoding="utf-8")

@@ -172,15 +172,17 @@ def rig() -> Iterator[Rig]:
         yield loaded
 
 
-@pytest.fixture
-def stored(rig: Rig, tmp_path: Path) -> Iterator[Stored]:
-    subprocess.run(["mount", "-t", "bpf", "bpf", tmp_path], check=True)
+@pytest.fixture(scope="module")
+def stored(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
+    pins = tmp_path_factory.mktemp("bpffs")
+    subprocess.run(["mount", "-t", "bpf", "bpf", pins], check=True)
     try:
-        made = Stored(rig, tmp_path)
+        made = Stored(rig, pins)
+        made.own(first_owners())
         yield made
         made.close()
     finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
+        subprocess.run(["umount", "-l", pins], check=True)
 
 
 def first_owners() -> dict[Prefix, Identity | None]:
@@ -247,8 +249,24 @@ OWN = {int.from_bytes(packed(one), "big") for one in (US4, US6)}
 
 def test_random_packets_get_the_verdict_that_random_documents_say(rig: Rig, stored: Stored) -> None:
     maker = meaning.Maker(random.Random(20_261_123))  # noqa: S311
-    stored.own(first_owners())
     verdicts: Counter[bool] = Counter()
     for _ in range(-(-PAIRS // PACKETS)):
         assert differences(rig, stored, maker, verdicts) == []
     assert min(verdicts[True], verdicts[False]) > PAIRS / 5, "void: nearly all packets had the same verdict"
+
+
+@pytest.mark.parametrize(("annotations", "answers"), [({}, False), ({"meshwall.io/denied": "reject"}, True)])
+def test_the_annotation_of_a_document_makes_the_program_answer(
+    rig: Rig, stored: Stored, annotations: dict[str, str], answers: bool
+) -> None:
+    document = {
+        "apiVersion": "cilium.io/v2",
+        "kind": "CiliumClusterwideNetworkPolicy",
+        "metadata": {"name": "p", "annotations": annotations},
+        "spec": {"nodeSelector": {}, "ingress": [{"fromEntities": ["health"]}]},
+    }
+    case = {"policies": [document], "mode": "default", "local": False, "subject": ["reserved:host"]}
+    stored.apply(stored.image.switch(meaning.compiled(case)))
+    verdict = rig.run(Hook.TCX_INGRESS, frames.tcp("203.0.113.99", US4, 40_000, 22))
+    assert not verdict.passes
+    assert bool(verdict.answer) is answers

@@ -12,6 +12,7 @@ from daemon.model.rule import CidrGroup
 from daemon.model.verdict import FIRST_RULE, CellFlag, FixedRule, Verdict, unpack_cell
 from daemon.policy.ccnp import parse_documents
 from daemon.policy.compile import CompileSettings, Failsafe, Subject, compile_policy
+from daemon.policy.explain import Peer, Query, explain
 from daemon.policy.tables import PORTLESS
 
 HOST = Subject(Identity(1), parse_labels(["reserved:host"]))
@@ -196,3 +197,15 @@ def test_a_default_deny_answers_only_if_no_policy_that_asks_for_it_wants_silence
     audited = CompileSettings(audit_policies=frozenset({closed.title}))
     assert rejects(compile_policy([loud[0], closed], {}, HOST, PODS, audited), 80)
     assert rejects(compile_policy((), {}, HOST, PODS, CompileSettings(mode="always", reject=True)), 80)
+
+
+def test_an_explanation_says_that_the_sender_of_a_denied_packet_is_told():
+    tables = compile_policy(
+        policies(ingress({"fromEntities": ["health"]})), {}, HOST, PODS, CompileSettings(reject=True)
+    )
+    told = explain(tables, Query(Direction.INGRESS, Peer(POD, PODS[POD]), 6, 80))
+    assert told.reason == "default deny: no rule allows it (the sender is told)"
+    silent = compile_policy(
+        policies(ingress({"fromEntities": ["health"]})), {}, HOST, PODS, CompileSettings()
+    )
+    assert explain(silent, told.query).reason == "default deny: no rule allows it"
