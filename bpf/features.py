@@ -14,6 +14,7 @@ from bpf.syscall import XDP_HAS_FRAGS, AttachType, PinnedMap, ProgType, prog_loa
 HELPER_JIFFIES64 = 118
 HELPER_XDP_BUFF_LEN = 188
 COMMON_HZ = (100, 250, 300, 1000)
+INITIAL_JIFFIES_S = 300  # the kernel's jiffies begin this long before 2^32, so that overflows are found early
 LOOPBACK = 1  # its interface index in every network namespace
 
 
@@ -57,6 +58,12 @@ class Ticks:
     def now(self) -> int:
         """The low 32 bits."""
         return prog_test_run(self._fd, bytes(64)).value
+
+    def now64(self, hz: int) -> int:
+        """All 64 bits: the upper ones by the clock, which is never 2^31 ticks off."""
+        low = self.now()
+        estimate = (1 << 32) - INITIAL_JIFFIES_S * hz + int(time.clock_gettime(time.CLOCK_MONOTONIC) * hz)
+        return low + (estimate - low + (1 << 31) >> 32 << 32)
 
     def until(self, expires: int) -> int:
         """Jiffies until a 64 bit time of the kernel; negative when it has passed."""

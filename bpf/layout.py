@@ -61,9 +61,7 @@ CELL_BLOCK = 256  # cells per map entry
 class ConfigFlag(IntFlag):
     """Host-wide switches in config.flags."""
 
-    AUDIT = 1  # compute and report verdicts, drop nothing by policy or parser
     DROP_NON_IP = 2  # default is pass and count
-    OPEN = 4  # emergency: every packet passes
     V6_NETS = 8  # ip6_nets (/64) is in use
     V6_TRIE = 16  # ip6_prefixes (other lengths) is in use
     LOG_ALLOWED = 32  # an event for each new allowed connection
@@ -92,6 +90,15 @@ class BufferFlag(IntFlag):
 
     ENFORCE_INGRESS = 1
     ENFORCE_EGRESS = 2
+    AUDIT = 4  # compute and report verdicts, drop nothing by policy or parser
+
+
+class Panic(IntEnum):
+    """What somebody demands of every packet at once, over any policy; config.panic. The daemon never writes it."""
+
+    NONE = 0
+    OPEN = 1  # every packet passes
+    FAILSAFE = 2  # both directions are enforced, and of all cells only those of RULE_FAILSAFE allow
 
 
 class EventKind(IntEnum):
@@ -236,12 +243,12 @@ CONFIG = Struct(
         ("buffer_flags1", "I"),
         ("event_budget", "I"),  # events per reason, CPU and second; the rest is counted as suppressed
         ("hz", "I"),  # jiffies per second: the unit of time in ct4, ct6 and fragments; written by the loader
-        ("panic", "I"),
+        ("panic", "I"),  # Panic
         (
             "reject_budget",
             "I",
         ),  # answers to denied packets per hook, CPU and second; beyond it there is silence
-        ("panic_until", "Q"),
+        ("panic_until", "Q"),  # jiffies; 0: until it is ended
         ("trace_cookie", "Q"),
     ),
 )
@@ -445,6 +452,7 @@ def constants() -> Mapping[str, int]:
     enums: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
         ("CONFIG", ConfigFlag),
         ("BUFFER", BufferFlag),
+        ("PANIC", Panic),
         ("EVENT", EventKind),
         ("HOOK", Hook),
         ("REASON", Reason),

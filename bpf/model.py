@@ -17,6 +17,7 @@ from bpf.layout import (
     PORTS_SCTP,
     PORTS_TCP,
     PORTS_UDP,
+    RULE_FAILSAFE,
     SLOT_HOST,
     SLOT_WORLD4,
     SLOT_WORLD6,
@@ -25,6 +26,7 @@ from bpf.layout import (
     CellVerdict,
     ConfigFlag,
     PacketClass,
+    Panic,
     Reason,
 )
 
@@ -348,6 +350,19 @@ class Policy:
     default: Mapping[Direction, int] = field(default_factory=dict)  # cell of what no row paints
     enforced: BufferFlag = BOTH_DIRECTIONS
     flags: ConfigFlag = NO_FLAGS
+    panic: Panic = Panic.NONE
+
+    @property
+    def in_force(self) -> BufferFlag:
+        """The directions that are judged."""
+        if self.panic is Panic.NONE:
+            return self.enforced & BOTH_DIRECTIONS
+        return BufferFlag(0) if self.panic is Panic.OPEN else BOTH_DIRECTIONS
+
+    @property
+    def audits(self) -> bool:
+        """Whether nothing is dropped."""
+        return self.panic is Panic.NONE and BufferFlag.AUDIT in self.enforced
 
     def slot(self, address: bytes) -> int:
         """The slot of an address; the world's when nothing names it."""
@@ -363,7 +378,14 @@ class Policy:
         return max(covering)[1] if covering else (SLOT_WORLD4 if bits == 32 else SLOT_WORLD6)
 
     def cell(self, direction: Direction, slot: int, index: int) -> int:
-        """The packed cell."""
+        """The packed cell that decides."""
+        found = self.painted(direction, slot, index)
+        if self.panic is Panic.FAILSAFE and found & 0xFFFFFF != RULE_FAILSAFE:
+            return CellVerdict.DEFAULT_DENY << 28 | int(direction)
+        return found
+
+    def painted(self, direction: Direction, slot: int, index: int) -> int:
+        """The packed cell as the tables have it."""
         found = self.default.get(direction, 0)
         for first, last, cell in self.rows.get((direction, slot), ()):
             if first <= index <= last:
@@ -408,7 +430,7 @@ class Host:
         """
         packet = parse(frame)
         policy = self.policy
-        if policy.flags & ConfigFlag.OPEN or not policy.enforced:
+        if not policy.in_force:
             return Decision(Reason.NOT_ENFORCED, passes=True)
         if direction is Direction.INGRESS:
             reason = self._ingress(packet, frame, keeps_state=keeps_state)
@@ -424,7 +446,7 @@ class Host:
         return decided and not packet.frag_off
 
     def _passes(self, packet: Packet, reason: Reason, direction: Direction) -> bool:
-        if reason < FIRST_DROP or self.policy.flags & ConfigFlag.AUDIT:
+        if reason < FIRST_DROP or self.policy.audits:
             return True
         return self._by_rule(packet, reason) and bool(self._cell(packet, direction) >> 24 & CellFlag.AUDIT)
 
@@ -435,7 +457,7 @@ class Host:
         return self.policy.cell(direction, self._remote(packet, direction), packet.port_index)
 
     def _ingress(self, packet: Packet, frame: bytes, *, keeps_state: bool) -> Reason:
-        enforced = self.policy.enforced
+        enforced = self.policy.in_force
         if not enforced & BufferFlag.ENFORCE_INGRESS:
             if packet.family and keeps_state:
                 self._track(packet, Direction.INGRESS)
@@ -470,14 +492,14 @@ class Host:
         return Reason.LINK if packet.link else None
 
     def _egress(self, packet: Packet, frame: bytes, *, forwarded: bool) -> Reason:
-        tracks = bool(self.policy.enforced & BufferFlag.ENFORCE_INGRESS)
+        tracks = bool(self.policy.in_force & BufferFlag.ENFORCE_INGRESS)
         if forwarded:
             if tracks and packet.family and self.policy.slot(packet.src) == SLOT_HOST:
                 self._track(packet, Direction.EGRESS)
             return Reason.NOT_HOST
         if packet.link:
             return Reason.LINK
-        if not self.policy.enforced & BufferFlag.ENFORCE_EGRESS:
+        if not self.policy.in_force & BufferFlag.ENFORCE_EGRESS:
             reason = Reason.NOT_ENFORCED
         elif packet.reason is not None:
             return packet.reason

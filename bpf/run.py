@@ -152,6 +152,7 @@ class Rig:
             flags=int(flags),
             event_budget=event_budget,
             reject_budget=reject_budget,
+            panic=int(policy.panic),
             hz=self.hz,
             **enforced,
         )
@@ -207,7 +208,7 @@ class Rig:
             keys = struct.pack(f"={PORT_BLOCKS}I", *range(base, base + PORT_BLOCKS))
             self.maps["port_class"].update_batch(keys, raw, PORT_BLOCKS)
             for slot in slots:
-                row = tuple(policy.cell(direction, slot, cut) for cut in cuts)
+                row = tuple(policy.painted(direction, slot, cut) for cut in cuts)
                 at[direction, slot] = known.setdefault((direction, row), len(cells))
                 if at[direction, slot] == len(cells):
                     cells += row

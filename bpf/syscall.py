@@ -471,6 +471,16 @@ class PinnedMap:
             yield from self._items_one_by_one()
 
     def _items_by_batch(self) -> Iterator[tuple[bytes, bytes]]:
+        key_size, value_size = self.spec.key_size, self._value_size
+        for keys, values in self.batches():
+            for one in range(len(keys) // key_size):
+                yield (
+                    keys[one * key_size : (one + 1) * key_size],
+                    values[one * value_size : (one + 1) * value_size],
+                )
+
+    def batches(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every entry, many at once: packed keys and packed values. OSError where the map has no batches."""
         key_size, value_size, room = self.spec.key_size, self._value_size, BATCH
         cursor: ctypes.Array[ctypes.c_char] | None = None
         more = True
@@ -504,12 +514,8 @@ class PinnedMap:
                     raise
                 more = False
             (count,) = struct.unpack_from("=I", attr.raw, 32)
-            cursor, key_bytes, value_bytes = following, keys.raw, values.raw
-            for one in range(count):
-                yield (
-                    key_bytes[one * key_size : (one + 1) * key_size],
-                    value_bytes[one * value_size : (one + 1) * value_size],
-                )
+            cursor = following
+            yield keys.raw[: count * key_size], values.raw[: count * value_size]
 
     def _items_one_by_one(self) -> Iterator[tuple[bytes, bytes]]:
         key: bytes | None = None

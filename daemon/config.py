@@ -273,9 +273,11 @@ class Config(Section):
     xdp: Literal["auto", "native", "generic", "off"] = Field(
         default="auto", description="early drop; `auto`: native where the driver can, else TCX alone"
     )
-    audit: bool = Field(default=False, description="report verdicts and drop nothing")
+    audit: bool = Field(
+        default=False, description="report verdicts and drop nothing, until `meshwall audit` says otherwise"
+    )
     audit_policies: tuple[str, ...] = Field(
-        default=(), description="policies whose denials are reported, not enforced"
+        default=(), description="policies whose denials are reported, not enforced; the same holds"
     )
     denied: Literal["drop", "reject"] = Field(
         default="drop",

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -25,11 +26,12 @@ from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
 from clustermesh.settings import DEFAULT_PORT, EtcdSettings
-from daemon.api import app, changes, flows, mesh, metrics, report, resources, status, subject
+from daemon.api import app, audit, changes, flows, mesh, metrics, report, resources, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
 from daemon.datapath.program import Program, ProgramSettings
+from daemon.datapath.watch import Watch
 from daemon.flows.pipeline import FlowPipeline
 from daemon.flows.record import Recorder, RecordSettings
 from daemon.flows.usage import RuleUsage
@@ -42,11 +44,13 @@ from daemon.runtime.loopwatch import LoopWatch
 from daemon.runtime.notify import Notify, watchdog_s
 from daemon.runtime.tasks import Tasks, Work
 from daemon.sources import meshdir
+from daemon.sources.audit import AuditSwitch
 from daemon.sources.files import PolicyFiles
 from daemon.sources.host import HostSource
 from daemon.sources.mesh import Arrival, MeshPublisher, MeshSource, Shared
 from daemon.sources.meshdir import MeshDirectory
 from daemon.sources.static import IdentitiesFile
+from daemon.state.audit import audited
 from daemon.state.tables import StatusRow, Tables
 
 log = logging.getLogger("meshwalld")
@@ -99,7 +103,6 @@ def compile_settings(config: Config) -> CompileSettings:
         node_selector_labels=config.node_selector_labels,
         failsafe=failsafes(config),
         exempt_ports=config.node_ports.exempt,
-        audit_policies=frozenset(config.audit_policies),
         reject=config.denied == "reject",
     )
 
@@ -110,7 +113,6 @@ def program_settings(config: Config) -> ProgramSettings:
         pins=config.pins,
         compile=compile_settings(config),
         sizes=sizes(config),
-        audit=config.audit,
     )
 
 
@@ -201,9 +203,13 @@ class Daemon:
             node_file=config.node_file,
             owner_check=config.policy_owner_check,
         )
+        self._audit = AuditSwitch(
+            self.tables, config.state_dir, host=config.audit, policies=config.audit_policies
+        )
         self._devices = Devices(self.tables, config.pins, config.devices, XdpMode(config.xdp))
         self._program = Program(self.tables, program_settings(config), self._devices)
         self._usage = RuleUsage(self.tables, config.pins, config.state_dir)
+        self._tables_watch = Watch(self.tables, config.pins, sizes(config), self._program.pressure)
         self._pipeline = FlowPipeline(self.tables, config.pins, capacity=config.flows)
         self._audit_log = AuditLog(config.state_dir / "audit", config.audit_log_days)
         self._api = app.Api(config.socket, config.socket_group, self._routes(), self._audit_log)
@@ -253,6 +259,7 @@ class Daemon:
         if self.config.record.enabled:
             yield "record", Recorder(record_settings(self.config), self._pipeline, self.tables).run
         yield "devices", self._devices.run
+        yield "watch", self._tables_watch.run
         yield "own addresses", self._program.follow_own
         yield "data path", self._program.run
 
@@ -317,21 +324,23 @@ class Daemon:
 
     def _routes(self) -> Iterator[web.RouteDef]:
         config = self.config
-        audit = resources.AuditSettings(config.audit, frozenset(config.audit_policies))
         glance = status.StatusSource(
             tables=self.tables,
             pins=config.pins,
-            audit=audit,
             failsafe=[failsafe_text(one) for one in failsafes(config)],
             stalls=self._watch.stalls,
             mode=config.enforcement,
         )
         yield from status.routes(glance)
-        yield from resources.routes(self.tables, config.pins, sizes(config), audit, self._files.accept_empty)
+        yield from resources.routes(self.tables, config.pins, sizes(config), self._files.accept_empty)
+        yield from audit.routes(self.tables, self._audit.set)
         yield from mesh.routes(self.tables, self._accept_deletions)
-        yield from report.routes(self.tables, audit, self._usage)
+        yield from report.routes(self.tables, self._usage)
         yield from changes.routes(self._audit_log)
-        yield from subject.routes(self.tables, lambda: self._program.settings.compile)
+        yield from subject.routes(
+            self.tables,
+            lambda: replace(compile_settings(config), audit_policies=audited(self.tables).policies),
+        )
         kept = record_settings(config).directory if config.record.enabled else None
         yield from flows.routes(self._pipeline, kept)
         yield from metrics.routes(self._pipeline, self.tables, self._watch.stalls)

@@ -168,11 +168,6 @@ static __always_inline int conclude(const struct packet *p, const struct scope *
 	return drop && !audit;
 }
 
-static __always_inline int nothing_enforced(const struct scope *s)
-{
-	return s->flags & CONFIG_OPEN || !s->enforced;
-}
-
 int xdp(struct xdp_md *ctx)
 {
 	struct scope s = { .direction = INGRESS, .hook = HOOK_XDP, .segments = 1 };
@@ -182,7 +177,7 @@ int xdp(struct xdp_md *ctx)
 	__u64 *mark;
 
 	read_config(&s);
-	if (nothing_enforced(&s) || !(s.enforced & BUFFER_ENFORCE_INGRESS))
+	if (!(s.enforced & BUFFER_ENFORCE_INGRESS))
 		return XDP_PASS;
 	scratch = scratch_of(HOOK_XDP);
 	if (!scratch)
@@ -264,7 +259,7 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction, __u32 bar
 		p = &scratch->packet;
 		o = &scratch->outcome;
 		p->length = ctx->len;
-		if (nothing_enforced(&s)) {
+		if (!s.enforced) {
 			count_reason(p, &s, REASON_NOT_ENFORCED);
 			return TCX_NEXT;
 		}

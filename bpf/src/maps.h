@@ -56,10 +56,21 @@ static __u64 (*xdp_buff_len)(struct xdp_md *ctx) = (void *)188;
  * between cannot mix two policies.
  */
 struct scope {
-	__u32 generation, buffer, flags, enforced;
+	__u32 generation, buffer, flags, enforced, audit, panic;
 	__u32 direction, hook, ifindex, segments;
 	__u32 bare;	/* frames of this device begin with layer 3 */
 };
+
+/* Somebody wants out at once: nothing is enforced, or everything and the fail-safe list alone passes. */
+static __always_inline void read_panic(struct scope *s, __u64 until)
+{
+	if (until && (__s64)(until - bpf_jiffies64()) <= 0) {
+		s->panic = PANIC_NONE;
+		return;
+	}
+	s->enforced = s->panic == PANIC_OPEN ? 0 : BUFFER_ENFORCE_INGRESS | BUFFER_ENFORCE_EGRESS;
+	s->audit = 0;
+}
 
 static __always_inline void read_config(struct scope *s)
 {
@@ -69,4 +80,9 @@ static __always_inline void read_config(struct scope *s)
 	s->buffer = s->generation & 1;
 	s->flags = c->flags;
 	s->enforced = s->buffer ? c->buffer_flags1 : c->buffer_flags0;
+	s->audit = s->enforced & BUFFER_AUDIT;
+	s->enforced &= BUFFER_ENFORCE_INGRESS | BUFFER_ENFORCE_EGRESS;
+	s->panic = c->panic;
+	if (s->panic)
+		read_panic(s, c->panic_until);
 }

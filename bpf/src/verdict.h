@@ -36,7 +36,12 @@ static __always_inline __u32 cell_of(const struct scope *s, __u32 direction, __u
 	at += columns->column[port_index % PORT_BLOCK];
 	block = at / CELL_BLOCK;
 	cells = map_find(cells, &block);
-	return cells ? cells->cell[at % CELL_BLOCK] : 0;
+	if (!cells)
+		return 0;
+	block = cells->cell[at % CELL_BLOCK];
+	if (s->panic == PANIC_FAILSAFE && cell_rule(block) != RULE_FAILSAFE)
+		return CELL_DEFAULT_DENY << 28 | direction;
+	return block;
 }
 
 static __always_inline int allows(__u32 cell)
@@ -46,7 +51,7 @@ static __always_inline int allows(__u32 cell)
 
 static __always_inline int is_audited(const struct scope *s, const struct outcome *o)
 {
-	return s->flags & CONFIG_AUDIT || (o->judged && cell_flags(o->cell) & CELLFLAG_AUDIT);
+	return s->audit || (o->judged && cell_flags(o->cell) & CELLFLAG_AUDIT);
 }
 
 static __always_inline __u32 denial(__u32 cell)

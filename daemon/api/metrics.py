@@ -273,13 +273,21 @@ def _datapath(tables: Tables) -> Iterator[Family]:
     """What the status row of the data path tells."""
     row = tables.status.get("datapath")
     details = row.details if row else {}
-    pressure = details.get("pressure")
+    maps = tables.status.get("maps")
+    pressure = maps.details.get("pressure") if maps else None
     shares = (
         [({"map_name": str(name)}, float(share)) for name, share in sorted(pressure.items())]
         if isinstance(pressure, dict)
         else []
     )
     yield Family("cilium_bpf_map_pressure", "gauge", "Share of a map that is in use; 1 is full", shares)
+    panic = tables.status.get("panic")
+    yield Family(
+        "meshwall_panic",
+        "gauge",
+        "1 while somebody has called a panic: policy does not decide",
+        [({"mode": mode}, bool(panic and panic.details["panic"] == mode)) for mode in ("open", "failsafe")],
+    )
     tampering = tables.status.get("tampering")
     counts = tampering.details.get("counts") if tampering else None
     yield Family(

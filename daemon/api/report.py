@@ -7,25 +7,26 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from daemon.api.app import Json, stream_rows
-from daemon.api.resources import AuditSettings, policy_state, rule_json
+from daemon.api.resources import policy_state, rule_json
 from daemon.flows.usage import RuleUsage, Usage
 from daemon.model.rule import Policy
 from daemon.policy.advice import shadowed
+from daemon.state.audit import audited
 from daemon.state.tables import HostRow, Tables
 
 RuleId = tuple[str, str, int, bool, int, int]
 
 
-def routes(tables: Tables, audit: AuditSettings, usage: RuleUsage) -> list[web.RouteDef]:
+def routes(tables: Tables, usage: RuleUsage) -> list[web.RouteDef]:
     """The handler."""
 
     async def report(request: web.Request) -> web.StreamResponse:
         policies = [policy for _, policy in sorted(tables.policies.rows.items())]
         useless = await asyncio.to_thread(_useless, policies)
-        host = tables.host.get("host")
+        host, said = tables.host.get("host"), audited(tables)
         rows = [
             rule_json(rule)
-            | _of_policy(policy, policy_state(tables, audit, policy)[0])
+            | _of_policy(policy, policy_state(tables, said, policy)[0])
             | _of_use(usage.of(rule))
             | {"line": rule.origin.line, "useless": useless.get(rule.origin.key, "")}
             for policy in policies

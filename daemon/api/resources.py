@@ -19,6 +19,7 @@ from daemon.model.rule import LabelSelector, NamedPort, Policy, PortMatch, Rule
 from daemon.policy.compile import HOST, Subject, selects
 from daemon.policy.matching import matches
 from daemon.policy.selectortext import parse_selector
+from daemon.state.audit import Audited, audited
 from daemon.state.tables import IpKey, IpRow, Tables
 
 MAX_LISTED_CT = 1_000_000
@@ -28,16 +29,15 @@ def routes(
     tables: Tables,
     pins: Path,
     sizes: Sizes,
-    audit: "AuditSettings",
     accept_empty: Callable[[], Awaitable[bool]],
 ) -> list[web.RouteDef]:
     """The handlers."""
 
     async def policies(_: web.Request) -> web.StreamResponse:
-        return web.json_response(policies_json(tables, audit))
+        return web.json_response(policies_json(tables, audited(tables)))
 
     async def policy(request: web.Request) -> web.StreamResponse:
-        return web.json_response(policy_json(tables, audit, request.match_info["name"]))
+        return web.json_response(policy_json(tables, audited(tables), request.match_info["name"]))
 
     async def empty(_: web.Request) -> web.StreamResponse:
         return web.json_response({"accepted": await accept_empty()})
@@ -77,26 +77,14 @@ def routes(
 # Policies
 
 
-class AuditSettings:
-    """Which policies only report. The whole host, or some by title."""
-
-    def __init__(self, host: bool, policies: frozenset[str]) -> None:
-        self.host = host
-        self.policies = policies
-
-    def covers(self, policy: Policy) -> bool:
-        """Whether denials of this policy are reported and not enforced."""
-        return self.host or policy.title in self.policies
-
-
-def policies_json(tables: Tables, audit: AuditSettings) -> Json:
+def policies_json(tables: Tables, audit: Audited) -> Json:
     """`policies` by name; `problems`: what is wrong with documents, and with files that were not read."""
     found = [_policy(tables, audit, one) for _, one in sorted(tables.policies.rows.items())]
     problems = [problem_json(one) for _, row in sorted(tables.problems.rows.items()) for one in row]
     return {"policies": found, "problems": problems}
 
 
-def policy_json(tables: Tables, audit: AuditSettings, name: str) -> Json:
+def policy_json(tables: Tables, audit: Audited, name: str) -> Json:
     """One policy by name or namespace/name."""
     for one in tables.policies.rows.values():
         if one.title == name:
@@ -106,7 +94,7 @@ def policy_json(tables: Tables, audit: AuditSettings, name: str) -> Json:
     raise ApiError(404, f"no policy {name!r}; `meshwall policy list` has the names")
 
 
-def _policy(tables: Tables, audit: AuditSettings, policy: Policy) -> Json:
+def _policy(tables: Tables, audit: Audited, policy: Policy) -> Json:
     state, reason = policy_state(tables, audit, policy)
     return {
         "name": policy.title,
@@ -124,14 +112,14 @@ def _directions(policy: Policy) -> list[str]:
     return [str(one) for one in Direction if any(spec.restricts[one] for spec in policy.specs)]
 
 
-def policy_state(tables: Tables, audit: AuditSettings, policy: Policy) -> tuple[str, str]:
+def policy_state(tables: Tables, audit: Audited, policy: Policy) -> tuple[str, str]:
     """(state, reason): `enforced`, `audit`, `selects nothing` or `waiting`."""
     host = tables.host.get("host")
     if host is None:
         return "waiting", "the labels of this host are not known yet"
     if not any(selects(spec, Subject(HOST, host.labels)) for spec in policy.specs):
         return "selects nothing", "no nodeSelector of it matches the labels of this host"
-    if audit.covers(policy):
+    if audit.covers(policy.title):
         return "audit", "denials are reported, not enforced"
     datapath = tables.status.get("datapath")
     if datapath is None or not datapath.ok:

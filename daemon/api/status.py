@@ -9,13 +9,15 @@ from aiohttp import web
 
 from daemon.api.app import Json
 from daemon.api.mesh import mesh_json
-from daemon.api.resources import AuditSettings, policies_json
+from daemon.api.resources import policies_json
 from daemon.flows.counters import read_reasons
 from daemon.flows.decode import reason_name
 from daemon.runtime.loopwatch import Stalls
-from daemon.state.tables import StatusRow, Tables
+from daemon.state.audit import audited
+from daemon.state.tables import WHOLE_HOST, StatusRow, Tables
 
 NO_HINT = "`meshwall status --verbose` and `journalctl -u meshwalld` have the details"
+ENFORCING = ("host", "datapath", "addresses", "maps")  # parts without which a host is not ready; and devices
 DROPS_FROM = 16  # lower reasons pass
 
 
@@ -27,14 +29,12 @@ class StatusSource:
         *,
         tables: Tables,
         pins: Path,
-        audit: AuditSettings,
         failsafe: list[str],
         stalls: Stalls,
         mode: str,
     ) -> None:
         self.tables = tables
         self.pins = pins
-        self.audit = audit
         self.failsafe = failsafe
         self.stalls = stalls
         self.mode = mode
@@ -47,17 +47,38 @@ def routes(source: StatusSource) -> list[web.RouteDef]:
     async def status(_: web.Request) -> web.StreamResponse:
         return web.json_response(status_json(source))
 
-    return [web.get("/v1/status", status)]
+    async def alive(_: web.Request) -> web.StreamResponse:
+        return web.Response(text="ok\n")
+
+    async def ready(_: web.Request) -> web.StreamResponse:
+        wrong = not_ready(source.tables)
+        text = "\n".join(f"{name}: {row.text}" for name, row in wrong) or "ok"
+        return web.Response(text=f"{text}\n", status=503 if wrong else 200)
+
+    return [web.get("/v1/status", status), web.get("/healthz", alive), web.get("/readyz", ready)]
+
+
+def not_ready(tables: Tables) -> list[tuple[str, StatusRow]]:
+    """What keeps this host from enforcing its policy on every device and address."""
+    found = [
+        (name, row)
+        for name, row in sorted(tables.status.rows.items())
+        if not row.ok and (name in ENFORCING or name.startswith("device:"))
+    ]
+    if "datapath" not in tables.status:
+        found.insert(0, ("datapath", StatusRow(False, "the data path is not ready yet")))
+    return found
 
 
 def status_json(source: StatusSource) -> Json:
     """All of it. `ok` is whether every part is, `problems` says what is not and how to cure it."""
     tables = source.tables
     host = tables.host.get("host")
-    listed = policies_json(tables, source.audit)
+    listed = policies_json(tables, audited(tables))
     problems = _problems(tables, listed["problems"])
     return {
         "ok": not problems,
+        "ready": not not_ready(tables),
         "version": program_version(),
         "node": host.name if host else "",
         "cluster": {"name": host.cluster, "id": host.cluster_id} if host else None,
@@ -141,13 +162,18 @@ def _warnings(tables: Tables) -> list[Json]:
 
 def _enforcement(source: StatusSource) -> Json:
     row = source.tables.status.get("datapath")
+    said = audited(source.tables)
+    panic = source.tables.status.get("panic")
+    text = panic.text if panic else row.text if row else "the data path is not ready yet"
     details = row.details if row else {}
     return {
         "mode": source.mode,
-        "audit": source.audit.host,
-        "audit_policies": sorted(source.audit.policies),
+        "audit": said.host,
+        "audit_since": source.tables.audit[WHOLE_HOST].since if said.host else 0.0,
+        "audit_policies": sorted(said.policies),
         "ok": row.ok if row else False,
-        "text": row.text if row else "the data path is not ready yet",
+        "text": text,
+        "panic": panic.details["panic"] if panic else None,
         "since": row.since if row else 0.0,
         "generation": details.get("generation"),
         "ingress": details.get("ingress"),

@@ -26,7 +26,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _run(options: argparse.Namespace) -> int:
-    pins = options.pins or _pins(options.config)
+    pins = options.pins or configured_pins(options.config)
     if pins is None:
         return 2
     if not pins.exists() or not any(pins.iterdir()):
@@ -59,15 +59,15 @@ def _remove(pins: Path) -> int:
     return 0
 
 
-def _pins(file: Path | None) -> Path | None:
-    """Of the settings; broken settings must not keep anybody from cleaning up the default place."""
+def configured_pins(file: Path | None, verb: str = "cleanup") -> Path | None:
+    """Of the settings; broken settings must not keep anybody from the default place. None: told what is wrong."""
     from daemon.config import ConfigError, load  # noqa: PLC0415
 
     try:
         return load(file).pins
     except ConfigError as error:
         if file is None:
-            print(f"meshwall cleanup: settings are broken, using {DEFAULT_PINS}", file=sys.stderr)
+            print(f"meshwall {verb}: settings are broken, using {DEFAULT_PINS}", file=sys.stderr)
             return DEFAULT_PINS
-        print(f"meshwall cleanup: {error}", file=sys.stderr)
+        print(f"meshwall {verb}: {error}", file=sys.stderr)
         return None

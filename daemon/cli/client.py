@@ -9,6 +9,7 @@ from typing import Any
 
 DEFAULT_SOCKET = "/run/meshwall/meshwall.sock"
 TIMEOUT_S = 30.0
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 Json = dict[str, Any]  # decoded answers of our own daemon
 
@@ -160,3 +161,11 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{int(seconds // size)}{unit}"
     return f"{max(0, int(seconds))}s"
+
+
+def seconds(text: str) -> float:
+    """Of `90s`, `2m` or `1h`; an argparse type."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no span of time: expected 90s, 2m or 1h")
+    return float(number) * _UNITS[unit]

@@ -18,6 +18,8 @@ NOUNS = {
     "ip": {"ip": "which address is which identity, and who says so"},
     "identity": {"identity": "security identities and their labels"},
     "ct": {"ct": "tracked connections"},
+    "panic": {"panic": "let everything pass, or only the failsafe list, at once and without the daemon"},
+    "audit": {"audit": "report what would be dropped instead of dropping it, for the host or a policy"},
     "mesh": {"mesh": "other clusters and the shared store", "node": "nodes of all clusters"},
     "cleanup": {"cleanup": "remove all enforcement from this host"},
     "version": {"version": "versions of command and daemon"},

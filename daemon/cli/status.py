@@ -6,10 +6,20 @@ import sys
 import time
 from collections.abc import Sequence
 
-from daemon.cli.client import DaemonError, Json, fail, get, output_option, printable, show, span, table
+from daemon.cli.client import (
+    DaemonError,
+    Json,
+    fail,
+    get,
+    output_option,
+    printable,
+    seconds,
+    show,
+    span,
+    table,
+)
 
 RED, GREEN, YELLOW, BOLD = "31", "32", "33", "1"
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 MAX_LISTED = 12  # rows of a section, without --verbose
 
 
@@ -24,17 +34,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--verbose", "-v", action="store_true", help="every row of every section")
     parser.add_argument("--wait", action="store_true", help="until all is well")
     parser.add_argument(
-        "--wait-duration", type=_seconds, default=120.0, metavar="SPAN", help="at most (default 2m)"
+        "--wait-duration", type=seconds, default=120.0, metavar="SPAN", help="at most (default 2m)"
     )
     output_option(parser)
     parser.set_defaults(run=_run)
-
-
-def _seconds(text: str) -> float:
-    number, unit = text[:-1], text[-1:]
-    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no span of time: expected 90s, 2m or 1h")
-    return float(number) * _UNITS[unit]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -81,7 +84,8 @@ def _screen(found: Json, paint: _Paint, *, verbose: bool) -> list[str]:
         if one["hint"]:
             lines.append(printable(f"      hint: {one['hint']}"))
     for one in found["warnings"]:
-        lines.append(paint(printable(f"WARN  {one['part']}: {one['text']}"), YELLOW) + _since(one["since"]))
+        colour = RED if one["part"] == "panic" else YELLOW
+        lines.append(paint(printable(f"WARN  {one['part']}: {one['text']}"), colour) + _since(one["since"]))
         if one["hint"]:
             lines.append(printable(f"      hint: {one['hint']}"))
     if lines:
@@ -127,8 +131,10 @@ def _loop(found: Json) -> str:
 
 def _enforcement(found: Json, paint: _Paint) -> list[str]:
     text = printable(found["text"])
-    if found["audit"]:
-        lines = [paint(f"AUDIT: {text}{_since(found['since'])}", YELLOW)]
+    if found["panic"]:
+        lines = [paint(text, RED)]
+    elif found["audit"]:
+        lines = [paint(f"AUDIT: {text}{_since(found['audit_since'])}", YELLOW)]
     else:
         lines = [text if found["ok"] else paint(text, RED)]
     if found["audit_policies"]:

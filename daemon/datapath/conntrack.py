@@ -1,7 +1,6 @@
 """Tracked connections: list, flush, and import of those that exist when enforcement begins."""
 
 import struct
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from bpf.layout import (
 from bpf.syscall import PinnedMap
 from daemon.model.net import Proto, packed_prefix
 
-INITIAL_JIFFIES_S = 300  # the kernel's jiffies begin this long before 2^32, so that overflows are found early
 SEED_LIFE_S = 8000  # as long as an established connection
 TCP_LISTEN = 10
 _STATES = {1: True, 2: False, 4: True, 5: True, 8: True, 9: True, 11: True}  # /proc/net/tcp state -> answered
@@ -108,11 +106,9 @@ class Conntrack:
         """Enter connections that exist already, so that their replies pass; what is there stays. Returns the number."""
         ticks = Ticks()
         try:
-            hz, low = self._hz, ticks.now()
+            hz, now = self._hz, ticks.now64(self._hz)
         finally:
             ticks.close()
-        estimate = (1 << 32) - INITIAL_JIFFIES_S * hz + int(time.clock_gettime(time.CLOCK_MONOTONIC) * hz)
-        now = low + (estimate - low + (1 << 31) >> 32 << 32)
         done = 0
         for one in sockets:
             origin = CT_ORIGIN_IN if (one.proto, one.local_port) in listening else CT_ORIGIN_OUT

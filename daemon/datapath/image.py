@@ -120,6 +120,7 @@ class Image:
         self._offsets: tuple[list[int], list[int]] = ([], [])
         self._config = ConfigFlag(0)
         self._enforced = (False, False)
+        self.audit = False  # of the active generation, once this process has made one
 
     @property
     def enforced(self) -> tuple[bool, bool]:
@@ -139,24 +140,27 @@ class Image:
 
     # --- policy
 
-    def switch(self, tables: PolicyTables) -> list[Op]:
-        """From the active policy to `tables`, in one flip. Raises TableFull or BlocksFull with nothing changed."""
+    def switch(self, tables: PolicyTables, *, audit: bool = False) -> list[Op]:
+        """From the active policy to `tables`, in one flip; `audit`: it drops nothing.
+
+        Raises TableFull or BlocksFull with nothing changed.
+        """
         try:
-            return self._switch(tables, [])
+            return self._switch(tables, [], audit=audit)
         except (TableFull, BlocksFull):
             if not self._waiting:
                 raise
-            return self._switch(tables, self._settled_first(1))
+            return self._switch(tables, self._settled_first(1), audit=audit)
 
-    def _switch(self, tables: PolicyTables, ops: list[Op]) -> list[Op]:
+    def _switch(self, tables: PolicyTables, ops: list[Op], *, audit: bool) -> list[Op]:
         slots = self._slots.copy()
         try:
-            return [*ops, *self._planned(tables)]
+            return [*ops, *self._planned(tables, audit=audit)]
         except (TableFull, BlocksFull):
             self._slots = slots
             raise
 
-    def _planned(self, tables: PolicyTables) -> list[Op]:
+    def _planned(self, tables: PolicyTables, *, audit: bool) -> list[Op]:
         buffer = self.generation + 1 & 1
         numbers = self._number(tables.rules)
         image = self._cells(tables, {rule: numbers[origin.key] for rule, origin in tables.rules.items()})
@@ -171,12 +175,12 @@ class Image:
         ops += [self._info_op(slot, LOCAL_SCOPE | slot, INFO_GROUP) for slot in pairs.fresh]
         ops.append(Order())
         ops += self._address_ops(pairs.slots, ())
-        ops.append(_config_op(f"buffer_flags{buffer}", _enforcement(tables)))
+        ops.append(_config_op(f"buffer_flags{buffer}", _switches(tables, audit=audit)))
         self.generation += 1
         ops += [Order(), _config_op("generation", self.generation), Grace()]
         self.tables, self.numbers, self._rows = tables, numbers, rows
         self._region, self._offsets = (image.base, image.end), (list(image.ingress), list(image.egress))
-        self._enforced = (tables.ingress.enforced, tables.egress.enforced)
+        self._enforced, self.audit = (tables.ingress.enforced, tables.egress.enforced), audit
         self._named = pairs.slots
         return ops + self._merge(tables, pairs.target_of)
 
@@ -476,7 +480,7 @@ class Image:
     # --- config
 
     def set_flags(self, flags: ConfigFlag) -> list[Op]:
-        """Host-wide switches: audit and the like."""
+        """Host-wide switches that hold for every generation."""
         self.flags = flags
         return self._flag_ops()
 
@@ -567,6 +571,7 @@ def _config_op(name: str, value: int) -> Op:
     return Store("config", CONFIG_AT[name], array("I", [value]).tobytes())
 
 
-def _enforcement(tables: PolicyTables) -> BufferFlag:
+def _switches(tables: PolicyTables, *, audit: bool) -> BufferFlag:
     ingress = BufferFlag.ENFORCE_INGRESS if tables.ingress.enforced else BufferFlag(0)
-    return ingress | (BufferFlag.ENFORCE_EGRESS if tables.egress.enforced else BufferFlag(0))
+    egress = BufferFlag.ENFORCE_EGRESS if tables.egress.enforced else BufferFlag(0)
+    return ingress | egress | (BufferFlag.AUDIT if audit else BufferFlag(0))

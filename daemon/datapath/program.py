@@ -33,6 +33,7 @@ from daemon.policy.compile import (
     compile_policy,
     selected_specs,
 )
+from daemon.state.audit import Audited, audited
 from daemon.state.ips import winner
 from daemon.state.tables import HostRow, IpRow, NodeKey, NodeRow, StatusRow, Tables
 
@@ -54,7 +55,6 @@ class ProgramSettings:
     pins: Path
     compile: CompileSettings
     sizes: Sizes = field(default_factory=Sizes)
-    audit: bool = False
     log_allowed: bool = True
 
 
@@ -72,6 +72,7 @@ class _Work:
         set[int] | None
     )  # prefixes whose owner may be another one, as `compact` numbers; None: all there are
     own: frozenset[int]
+    audited: Audited
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Program:
         groups = tables.cidr_groups.reader(self._wake)
         identities, ips = tables.identities.reader(self._wake), tables.ips.reader(self._wake)
         nodes, host = tables.nodes.reader(self._wake), tables.host.reader(self._wake)
+        audit = tables.audit.reader(self._wake)
         self._wake.set()
         pending: _Work | None = None
         recompile = True
@@ -132,7 +134,7 @@ class Program:
             if row is None or not (tables.policies.synced and tables.identities.synced and tables.ips.synced):
                 self._waiting(row)
                 continue
-            recompile |= bool(policies.take()) | bool(groups.take())
+            recompile |= bool(policies.take()) | bool(groups.take()) | bool(audit.take())
             work = self._work(
                 row, identities.take(), ips.take(), nodes.take(), recompile=recompile, again=pending
             )
@@ -190,8 +192,7 @@ class Program:
             maps.apply(self._image.set_flags(self._flags()))
 
     def _flags(self) -> ConfigFlag:
-        flags = ConfigFlag.AUDIT if self.settings.audit else ConfigFlag(0)
-        return flags | (ConfigFlag.LOG_ALLOWED if self.settings.log_allowed else ConfigFlag(0))
+        return ConfigFlag.LOG_ALLOWED if self.settings.log_allowed else ConfigFlag(0)
 
     # --- one pass
 
@@ -237,6 +238,7 @@ class Program:
             everything,
             dirty,
             self._own,
+            audited(self._tables),
         )
 
     async def _pass(self, work: _Work) -> _Work | None:
@@ -295,7 +297,7 @@ class Program:
                 work.groups,
                 work.subject,
                 work.all_identities,
-                self.settings.compile,
+                replace(self.settings.compile, audit_policies=work.audited.policies),
                 previous=self._compiled,
             )
         if not work.identities or self._compiled is None:
@@ -312,12 +314,13 @@ class Program:
             apply(ops)
             self._compiled = compiled
             return False
-        if self._compiled is not None and _same(self._compiled, compiled):
+        kept = self._compiled is not None and self._image.audit == work.audited.host
+        if kept and self._compiled is not None and _same(self._compiled, compiled):
             self._compiled = compiled
             return False
         before = set(self._image.numbers.values())
         self._seed(compiled)
-        ops = self._image.switch(compiled)
+        ops = self._image.switch(compiled, audit=work.audited.host)
         maps.zero_hits([number for number in self._image.numbers.values() if number not in before])
         apply(ops)
         self._compiled = compiled
@@ -464,6 +467,10 @@ class Program:
 
     # --- status
 
+    def pressure(self) -> dict[str, float]:
+        """How full the tables are that the daemon fills, 0 to 1."""
+        return self._image.pressure if self._image.tables is not None else {}
+
     def _waiting(self, host: HostRow | None) -> None:
         missing = [
             one.name
@@ -489,7 +496,7 @@ class Program:
             "last_pass_ms": round(1000 * done.seconds, 2),
             "conflicts": len(self.conflicts),
         }
-        text = "audit: everything passes, verdicts are reported" if self.settings.audit else "enforcing"
+        text = "audit: everything passes, verdicts are reported" if self._image.audit else "enforcing"
         if not any(self._image.enforced):
             text = "no policy selects this host: everything passes"
         # The status row first: whoever reads the rules looks there which generation they belong to.
@@ -507,8 +514,8 @@ class Program:
             }
         return {
             "generation": image.generation,
-            "audit": self.settings.audit,
-            "pressure": image.pressure,
+            "audit": image.audit,
+            "audit_policies": sorted(compiled.compiler.settings.audit_policies) if compiled else [],
             "programs": self._loaded.get("programs", {}),
             "seeded": self._seeded,
             **sides,
@@ -523,7 +530,7 @@ class Program:
             seen.add(key)
             if id(policy) not in chosen_here:
                 state, hint = "selects nothing", "its nodeSelector does not match this host's labels"
-            elif self.settings.audit or policy.title in self.settings.compile.audit_policies:
+            elif work.audited.covers(policy.title):
                 state, hint = "audit", ""
             elif self.settings.compile.mode == "never":
                 state, hint = "not enforced: enforcement is `never`", ""

@@ -12,6 +12,7 @@ from daemon.model.problem import Problem
 from daemon.model.rule import CidrGroup, Policy, RuleOrigin
 from daemon.state.table import Followed, Table
 
+WHOLE_HOST = ""  # key of `audit`
 LOCAL = "local"  # `source` of rows that this host itself knows
 
 
@@ -91,6 +92,15 @@ class HostRow:
     cluster_id: int
     labels: LabelSet
     addresses: frozenset[Prefix]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """Whether a policy, by title, or the host (WHOLE_HOST) only reports. `since`: wall-clock seconds."""
+
+    on: bool
+    since: float
+    by_command: bool = False  # else by the settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +221,7 @@ class Tables:
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
     devices: Table[int, Device] = field(default_factory=lambda: Table("devices"))  # by index
     host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))
+    audit: Table[str, AuditRow] = field(default_factory=lambda: Table("audit"))
     problems: Table[str, tuple[Problem, ...]] = field(default_factory=lambda: Table("problems"))
     # number in the kernel -> origin
     rules: Table[int, RuleOrigin] = field(default_factory=lambda: Table("rules"))

@@ -132,6 +132,8 @@ class Machine:
     def meshwall(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """The command line, with the settings and the socket of this machine."""
         command = [
+            "nsenter",
+            f"--net=/run/netns/{self.us}",
             sys.executable,
             "-m",
             "daemon.cli.main",

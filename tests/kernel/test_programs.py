@@ -2,13 +2,15 @@
 
 import os
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from bpf import frames
+from bpf import features, frames
 from bpf.frames import ACK, FIN, RST, SYN
 from bpf.layout import (
+    CONFIG,
     CT4_KEY,
     CT_ENTRY,
     CT_ORIGIN_OUT,
@@ -16,7 +18,9 @@ from bpf.layout import (
     PORTS_PROTOCOL,
     PORTS_TCP,
     PORTS_UDP,
+    RULE_FAILSAFE,
     SLOT_HOST,
+    SLOT_WORLD4,
     BufferFlag,
     CellFlag,
     CellVerdict,
@@ -24,6 +28,7 @@ from bpf.layout import (
     EventKind,
     Hook,
     PacketClass,
+    Panic,
     Reason,
 )
 from bpf.model import Direction, Policy
@@ -375,7 +380,7 @@ def test_protocols_without_ports_and_icmp_types_have_their_own_columns(rig: Rig)
 
 @pytest.mark.parametrize("hook", list(Hook))
 def test_audit_mode_drops_nothing_and_tells_what_it_would_have_dropped(rig: Rig, hook: Hook) -> None:
-    rig.install(Policy(ADDRESSES, flags=ConfigFlag.AUDIT))
+    rig.install(Policy(ADDRESSES, enforced=BufferFlag(7)))
     outgoing = hook is Hook.TCX_EGRESS
     denied = frames.tcp(US, STRANGER, 1, 2) if outgoing else frames.tcp(STRANGER, US, 1, 2)
     assert rig.run(hook, denied).passes
@@ -395,11 +400,48 @@ def test_one_policy_in_audit_mode_lets_only_its_own_denials_through(rig: Rig) ->
 @pytest.mark.parametrize("hook", list(Hook))
 def test_nothing_is_dropped_without_policy_or_when_opened(rig: Rig, hook: Hook) -> None:
     denied = frames.tcp(STRANGER, US, 1, 2)
-    rig.install(Policy(ADDRESSES, flags=ConfigFlag.OPEN))
+    rig.install(Policy(ADDRESSES, panic=Panic.OPEN))
     assert rig.run(hook, denied).passes
     rig.install(Policy(ADDRESSES, enforced=BufferFlag(0)))
     assert rig.run(hook, denied).passes
     assert rig.run(hook, denied[:40]).passes
+
+
+@pytest.mark.parametrize("hook", list(Hook))
+def test_in_a_failsafe_panic_only_cells_of_the_failsafe_list_pass_whatever_is_enforced(
+    rig: Rig, hook: Hook
+) -> None:
+    outgoing = hook is Hook.TCX_EGRESS
+    side = Direction.EGRESS if outgoing else Direction.INGRESS
+    rows = {
+        (side, SLOT_WORLD4): (
+            (22, 22, CellVerdict.ALLOW << 28 | RULE_FAILSAFE),
+            (80, 80, ALLOW),
+            (81, 81, CellFlag.AUDIT << 24),
+        )
+    }
+
+    def passes(port: int) -> bool:
+        source, target = (US, STRANGER) if outgoing else (STRANGER, US)
+        return rig.run(hook, frames.tcp(source, target, 1, port)).passes
+
+    for enforced in (BufferFlag(0), BufferFlag(3), BufferFlag(7)):
+        rig.install(Policy(ADDRESSES, rows=rows, enforced=enforced, panic=Panic.FAILSAFE))
+        assert [passes(port) for port in (22, 80, 81, 82)] == [True, False, False, False]
+
+
+def test_a_panic_ends_by_itself_when_its_time_has_come(rig: Rig) -> None:
+    denied = frames.tcp(STRANGER, US, 1, 2)
+    rig.install(Policy(ADDRESSES, panic=Panic.OPEN))
+    config = rig.maps["config"]
+    values = CONFIG.unpack(config.lookup(0) or b"")
+    ticks = features.Ticks()
+    now = ticks.now64(rig.hz)
+    ticks.close()
+    config.update(0, CONFIG.pack(**values | {"panic_until": now + rig.hz // 2}))
+    assert rig.run(Hook.XDP, denied).passes
+    time.sleep(0.7)
+    assert not rig.run(Hook.XDP, denied).passes
 
 
 def test_the_generation_decides_between_two_complete_policies(rig: Rig) -> None:

@@ -16,6 +16,7 @@ from bpf.layout import (
     PORTS_ICMP6,
     PORTS_PROTOCOL,
     PORTS_UDP,
+    RULE_FAILSAFE,
     SLOT_HOST,
     BufferFlag,
     CellFlag,
@@ -23,6 +24,7 @@ from bpf.layout import (
     ConfigFlag,
     EventKind,
     Hook,
+    Panic,
 )
 from bpf.model import Decision, Direction, Host, Policy, parse
 from bpf.run import Rig
@@ -81,6 +83,7 @@ def packed(address: str) -> bytes:
 
 def some_policy(choice: random.Random) -> Policy:
     cells = [CellVerdict.ALLOW << 28 | 16, CellVerdict.DENY << 28 | 17, CellVerdict.REDIRECT << 28 | 18, 0]
+    cells.append(CellVerdict.ALLOW << 28 | RULE_FAILSAFE)
     cells.append(CellFlag.AUDIT << 24 | CellVerdict.DENY << 28 | 19)
     addresses = {packed(own): SLOT_HOST for own in ("192.0.2.1", "2001:db8:a::1", "fe80::1:1")}
     addresses |= {
@@ -109,9 +112,10 @@ def some_policy(choice: random.Random) -> Policy:
         for slot in (0, 2, 4, 5, 6, 7)
     }
     default = {direction: choice.choice(cells) for direction in Direction}
-    enforced = choice.choice([BufferFlag(3), BufferFlag(3), BufferFlag(1), BufferFlag(2)])
-    flags = choice.choice([ConfigFlag(0)] * 4 + [ConfigFlag.AUDIT, ConfigFlag.DROP_NON_IP])
-    return Policy(addresses, prefixes, rows, default, enforced, flags)
+    enforced = choice.choice([BufferFlag(3), BufferFlag(3), BufferFlag(1), BufferFlag(2), BufferFlag(3 | 4)])
+    flags = choice.choice([ConfigFlag(0)] * 4 + [ConfigFlag.DROP_NON_IP])
+    panic = choice.choice([Panic.NONE] * 6 + [Panic.OPEN, Panic.FAILSAFE])
+    return Policy(addresses, prefixes, rows, default, enforced, flags, panic)
 
 
 def built_frame(choice: random.Random) -> bytes:

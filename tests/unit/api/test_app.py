@@ -21,6 +21,7 @@ from daemon.model.problem import Problem
 from daemon.policy.ccnp import parse_documents
 from daemon.runtime.loopwatch import Stalls
 from daemon.sources.holding import key_of
+from daemon.state.audit import Audited
 from daemon.state.tables import HostRow, IdentityRow, IpKey, IpRow, StatusRow, Tables
 
 POLICY = """
@@ -74,16 +75,14 @@ async def ask(tables: Tables, tmp_path: Path) -> AsyncIterator[Ask]:
     async def accept() -> bool:
         return True
 
-    audit = resources.AuditSettings(host=False, policies=frozenset())
     glance = status.StatusSource(
         tables=tables,
         pins=tmp_path,
-        audit=audit,
         failsafe=["ingress TCP/22"],
         stalls=Stalls(),
         mode="default",
     )
-    routes = [*resources.routes(tables, tmp_path, Sizes(), audit, accept), *status.routes(glance)]
+    routes = [*resources.routes(tables, tmp_path, Sizes(), accept), *status.routes(glance)]
     async with serving(tmp_path / "sock", routes) as found:
         yield found
 
@@ -106,10 +105,7 @@ async def test_policies_say_what_became_of_them(ask: Ask, tables: Tables) -> Non
 
 async def test_audited_policies_are_not_called_enforced(tables: Tables) -> None:
     policy = next(one for one in tables.policies.rows.values() if one.name == "here")
-    for audit in (
-        resources.AuditSettings(host=True, policies=frozenset()),
-        resources.AuditSettings(host=False, policies=frozenset({"here"})),
-    ):
+    for audit in (Audited(host=True), Audited(policies=frozenset({"here"}))):
         assert resources.policy_state(tables, audit, policy)[0] == "audit"
 
 

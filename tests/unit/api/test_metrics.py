@@ -85,8 +85,9 @@ def test_losses_and_state_are_told(told, tables):
 
 def test_the_data_path_tells_its_mode_and_how_full_it_is(told, tables):
     side = {"enforced": True, "default_deny": True}
-    details = {"generation": 7, "audit": True, "pressure": {"cells": 0.25}, "ingress": side, "egress": side}
+    details = {"generation": 7, "audit": True, "ingress": side, "egress": side}
     tables.status.put("datapath", StatusRow(ok=True, text="audit", details=details))
+    tables.status.put("maps", StatusRow(ok=True, text="", details={"pressure": {"cells": 0.25}}))
     text = told()
     assert 'cilium_bpf_map_pressure{map_name="cells"} 0.25\n' in text
     assert "meshwall_generation 7\n" in text
