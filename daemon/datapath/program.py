@@ -68,9 +68,8 @@ class _Work:
     recompile: bool
     identities: dict[Identity, LabelSet | None]  # changed ones; None: gone
     all_identities: dict[Identity, LabelSet]  # filled only for a compilation
-    dirty: (
-        set[int] | None
-    )  # prefixes whose owner may be another one, as `compact` numbers; None: all there are
+    # Prefixes whose owner may be another one, as `compact` numbers; None: all there are.
+    dirty: set[int] | None
     own: frozenset[int]
     audited: Audited
 
