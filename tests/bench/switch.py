@@ -1,7 +1,8 @@
 """How long a policy change takes until the kernel enforces it: compile, plan, write, flip.
 
 `./dev bench switch [ROUNDS]`. Real pinned maps, no device attached. Every round changes the last rule of 100 and of
-1,000 rules, each with its own prefix and port. Aims: 50 ms and 200 ms.
+1,000 rules, each with its own prefix and port. Aims, for 99 of 100: 50 ms and 200 ms. That no packet sees a part of
+each policy meanwhile is shown by tests/kernel/test_switch.py.
 """
 
 import asyncio
@@ -68,8 +69,8 @@ def measure(maps: KernelMaps, image: Image, rules: int, rounds: int) -> list[tup
 
 
 def main() -> int:
-    """Print medians and worst of all; the status says whether the medians reach the aims."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    """Print medians and the slowest; the status says whether the 99th percentiles reach the aims."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     sizes, good = Sizes(), True
     with tempfile.TemporaryDirectory(prefix="mwswitch") as home:
         pins = Path(home)
@@ -81,11 +82,12 @@ def main() -> int:
                 compile_ms, plan_ms, apply_ms, all_ms = (
                     median(column) for column in zip(*found, strict=True)
                 )
-                worst = max(row[-1] for row in found)
-                good &= all_ms <= aim
+                slow = sorted(row[-1] for row in found)
+                p99 = slow[len(slow) * 99 // 100]
+                good &= p99 <= aim
                 print(
-                    f"{rules:5} rules: {all_ms:6.1f} ms (worst {worst:.1f}, aim {aim}): compile {compile_ms:.1f}, "
-                    f"plan {plan_ms:.1f}, apply {apply_ms:.1f}; {rounds} rounds"
+                    f"{rules:5} rules: {all_ms:6.1f} ms, p99 {p99:.1f}, worst {slow[-1]:.1f} (aim {aim}): compile "
+                    f"{compile_ms:.1f}, plan {plan_ms:.1f}, apply {apply_ms:.1f}; {rounds} rounds"
                 )
             maps.close()
         finally:
