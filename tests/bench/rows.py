@@ -1,12 +1,13 @@
 """From a million address rows to the kernel: what the loop of the data path needs, beside the table and the maps.
 
-`./dev bench rows [ADDRESSES] [CHANGES]`. Rows are put into the table as a source puts them, the real Program takes them to
-real pinned maps (no device attached). Aims: the event loop never blocked above 100 ms; the resident memory counts
+`./dev bench rows [ADDRESSES] [CHANGES]`. Rows are put into the table as a source puts them, the real Program takes
+them to real pinned maps (no device attached). Aims: the event loop never blocked above 100 ms; the resident memory counts
 towards 900 MB for a daemon with 1,000,000 addresses.
 """
 
 import asyncio
 import gc
+import resource
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,7 @@ async def latency(program: Program, tables: Tables, changes: int) -> list[float]
         started = time.perf_counter()
         tables.ips.put(one, IpRow(identity, "moved", "prod", "192.168.5.1", "mesh:west"))
         image = program._image
-        while image._owner_of.get(image.addresses.get(one.prefix) or 0) != identity:
+        while image._owner_of.get(image.addresses.get(one.prefix) or 0) != identity:  # noqa: ASYNC110
             await asyncio.sleep(0.0005)
         found.append(1000 * (time.perf_counter() - started))
     return sorted(found)
@@ -128,7 +129,7 @@ async def run(pins: Path, addresses: int, changes: int) -> bool:
         change_ms = stall.reset()
         for task in tasks:
             task.cancel()
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"rows into the table        {filled - started:6.2f} s, loop blocked for at most {rows_ms:.0f} ms")
     print(f"first policy and addresses {done - filled:6.2f} s, loop blocked for at most {first_ms:.0f} ms")
     print(
@@ -136,7 +137,8 @@ async def run(pins: Path, addresses: int, changes: int) -> bool:
         f"loop blocked for at most {change_ms:.0f} ms"
     )
     print(
-        f"resident MB                {empty:6.0f} empty, {filling:.0f} with rows, {after:.0f} enforced, {peak:.0f} at most"
+        f"resident MB                {empty:6.0f} empty, {filling:.0f} with rows, {after:.0f} enforced, "
+        f"{peak:.0f} at most"
     )
     return max(rows_ms, first_ms, change_ms) <= STALL_MS
 
