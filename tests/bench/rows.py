@@ -1,7 +1,7 @@
 """From a million address rows to the kernel: what the loop of the data path needs, beside the table and the maps.
 
 `./dev bench rows [ADDRESSES] [CHANGES]`. Rows are put into the table as a source puts them, the real Program takes
-them to real pinned maps (no device attached). Aims: the event loop never blocked above 100 ms; the resident memory counts
+them to real pinned maps (no device attached). Aims: the event loop never blocked above 100 ms; resident memory counts
 towards 900 MB for a daemon with 1,000,000 addresses.
 """
 
