@@ -199,9 +199,9 @@ class Scenario:
                 await asyncio.sleep(self.rng.random() / 20)
                 self.proxy.set("cut")
         elif mode != "slow":
-            await asyncio.sleep(
-                self.rng.choice((0.2, 0.2, 4.5))
-            )  # the last is longer than the watchdog waits
+            pause_s = self.rng.choice((0.2, 0.2, 5.0))
+            await asyncio.sleep(pause_s)
+            assert pause_s < 5 or not self.source.follower.connected, "a hung member is left within 5 s"
             assert self.tables.ips.revision == before, f"{mode}: something moved while cut off"
         self.proxy.set("open")
         if mode == "wiped":
