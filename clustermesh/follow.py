@@ -15,6 +15,7 @@ from clustermesh.remote import Change, Kind, Mesh, Part
 
 log = logging.getLogger(__name__)
 
+RETRY_S = 5.0  # at most this long between two tries, so that all is well 10 s after the store is back
 CATCH_UP_S = 0.1  # between two looks at what had to wait
 QUARANTINE_S = 300.0  # how long a mass deletion is held before it is believed
 
@@ -70,7 +71,7 @@ class Follower:
         self._mesh = mesh
         self._emit = emit
         self._name = name
-        self._backoff = backoff or Backoff()
+        self._backoff = backoff or Backoff(most_s=RETRY_S)
         self._quarantine_s = quarantine_s
         self._clock = clock
         self._steady = steady  # for what is waited for: the other one may jump
