@@ -141,8 +141,9 @@ class Allocator:
         self._reassert_s = reassert_s
         self._attempt_s = attempt_s
         self._wanted: frozenset[str] = frozenset()
+        self._told = asyncio.Event()  # `want` was called
         self._held: dict[str, _Held] = {}
-        self._touched: set[str] = set()  # label sets whose reference of ours may be in the store
+        self._touched: set[str] = set(self._hints)  # label sets whose reference of ours may be in the store
         self._masters: dict[int, str] = {}  # of our range: number -> labels, as the watch has told
         self._numbers: dict[str, set[int]] = {}  # the other way round
         self._seen: dict[int, int] = {}  # revision of the last event of a number
@@ -152,10 +153,16 @@ class Allocator:
 
     def want(self, labels: Iterable[str]) -> None:
         """From now on these label sets (canonical strings) are in use here, and no others."""
+        self._told.set()
         wanted = frozenset(labels)
         if wanted != self._wanted:
             self._wanted = wanted
             self._wake.set()
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The first and the last number that may be given."""
+        return self._first, self._last
 
     def number(self, labels: str) -> int | None:
         """The number of a label set, once it is certain that the store agrees."""
@@ -168,10 +175,21 @@ class Allocator:
         return {labels: held.number for labels, held in self._held.items()}
 
     @property
+    def known(self) -> dict[str, int]:
+        """The numbers of the wanted label sets, as far as they are known, be it from an earlier life."""
+        known = {labels: number for labels, number in self._hints.items() if labels in self._wanted}
+        return known | self.numbers
+
+    @property
+    def present(self) -> Mapping[int, str]:
+        """The numbers of our range that the store has, with their labels; a live view."""
+        return self._masters
+
+    @property
     def settled(self) -> bool:
         """Whether every wanted label set has a certain number or a problem, and no other is held."""
         done = {labels for labels in self._wanted if labels in self.problems or self.number(labels)}
-        return done == self._wanted and self._held.keys() <= self._wanted
+        return done == self._wanted and self._held.keys() | self._touched <= self._wanted
 
     async def run(self) -> None:
         """Until the store fails (KVError, in a group). Start it again then; nothing is forgotten meanwhile."""
@@ -181,6 +199,7 @@ class Allocator:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow())
             await self._listed.wait()
+            await self._told.wait()
             await self._locks.clean()
             await self._assert(sorted(self._held.keys() & self._wanted))
             await self._keep()

@@ -253,6 +253,11 @@ class Config(Section):
         default=Path("/etc/meshwall/identities.yaml"),
         description="identities and addresses of peers, used without etcd",
     )
+    workloads_dir: Path = Field(
+        default=Path("/etc/meshwall/workloads.d"),
+        description="directory of this host's workloads, watched: their labels get identities, their "
+        "addresses are published (with etcd this needs publish and cluster_id)",
+    )
     pins: Path = Field(
         default=Path("/sys/fs/bpf/meshwall"), description="bpf file system directory of programs and maps"
     )

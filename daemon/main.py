@@ -25,6 +25,7 @@ from bpf.attach import XdpMode
 from bpf.features import MissingFeatureError, probe
 from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
+from clustermesh.publish import Member
 from clustermesh.settings import DEFAULT_PORT, EtcdSettings
 from daemon.api import app, audit, changes, flows, mesh, metrics, report, resources, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
@@ -47,9 +48,12 @@ from daemon.sources import meshdir
 from daemon.sources.audit import AuditSwitch
 from daemon.sources.files import PolicyFiles
 from daemon.sources.host import HostSource
-from daemon.sources.mesh import Arrival, MeshPublisher, MeshSource, Shared
+from daemon.sources.mesh import Arrival, MeshSource, Shared
 from daemon.sources.meshdir import MeshDirectory
+from daemon.sources.publisher import MeshPublisher
 from daemon.sources.static import IdentitiesFile
+from daemon.sources.workloads import GROUP as WORKLOADS
+from daemon.sources.workloads import WorkloadFiles
 from daemon.state.audit import audited
 from daemon.state.tables import StatusRow, Tables
 
@@ -280,9 +284,38 @@ class Daemon:
                 max_clusters=most,
             )
             yield "identities file", file.run
-        elif config.publish and config.cluster_id:
-            publisher = MeshPublisher(self.tables, self._kv, max_clusters=most, boot_id=_boot_id())
-            yield "mesh publish", publisher.run
+        if config.etcd is None or (config.publish and config.cluster_id):
+            yield from self._publish_work()
+
+    def _publish_work(self) -> Iterator[tuple[str, Work]]:
+        """Workloads, and with a store this host and its cluster."""
+        config = self.config
+        member = Member(
+            config.cluster_name,
+            config.cluster_id,
+            config.node_name,
+            config.max_connected_clusters,
+            announce=config.etcd is not None,
+        )
+        publisher = MeshPublisher(
+            self.tables,
+            self._kv,
+            member,
+            state_dir=config.state_dir,
+            boot_id=_boot_id(),
+            expect=(WORKLOADS,),
+        )
+        workloads = WorkloadFiles(
+            self.tables,
+            publisher.publisher,
+            config.workloads_dir,
+            config.state_dir,
+            cluster=config.cluster_name,
+            owner_check=config.policy_owner_check,
+        )
+        publisher.on_numbers(workloads.numbers_changed)
+        yield "workload files", workloads.run
+        yield "mesh publish", publisher.run
 
     def _mesh_source(self, name: str, kv: KV, only: str = "") -> MeshSource:
         """The source of a store: the shared one, or that of one cluster."""

@@ -20,7 +20,6 @@ from pathlib import Path
 from clustermesh import keep
 from clustermesh.follow import Follower
 from clustermesh.kv import KV
-from clustermesh.publish import Host, Publisher, publishable
 from clustermesh.remote import (
     SHARED_STORE,
     Change,
@@ -40,8 +39,8 @@ from clustermesh.trust import Trust, version_warning
 from clustermesh.wire import Cidr, Node, parse_cidr
 from daemon.model.identity import Identity
 from daemon.model.labels import Label, parse_label
-from daemon.model.net import Prefix, ip_text
-from daemon.state.tables import HostRow, IdentityRow, IpKey, IpRow, NodeKey, NodeRow, StatusRow, Tables
+from daemon.model.net import Prefix
+from daemon.state.tables import IdentityRow, IpKey, IpRow, NodeKey, NodeRow, StatusRow, Tables
 
 log = logging.getLogger(__name__)
 
@@ -466,41 +465,3 @@ def _node_row(node: Node, source: str) -> NodeRow:
     addresses = tuple((one.type, Prefix(*parse_cidr(one.ip))) for one in node.addresses or () if one.ip)
     labels = frozenset(Label("k8s", key, value) for key, value in (node.labels or {}).items())
     return NodeRow(addresses, labels, Identity(node.identity), source)
-
-
-class MeshPublisher:
-    """Tells the store about this host, whenever its addresses or labels change. `run` is the task."""
-
-    def __init__(self, tables: Tables, kv: KV, *, max_clusters: int = 255, boot_id: str = "") -> None:
-        self._tables = tables
-        self._max_clusters = max_clusters
-        self._boot_id = boot_id
-        self.publisher = Publisher(kv, on_change=self._status)
-
-    async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.publisher.run())
-            await self._follow_host()
-
-    async def _follow_host(self) -> None:
-        wake = asyncio.Event()
-        reader = self._tables.host.reader(wake)
-        while True:
-            await wake.wait()
-            wake.clear()
-            reader.take()
-            host = self._tables.host.get("host")
-            if host is not None and host.cluster_id:
-                self.publisher.publish(self._host(host))
-
-    def _host(self, row: HostRow) -> Host:
-        labels = {label.key: label.value for label in row.labels if label.source == "k8s"}
-        addresses = publishable([ip_text(one.family, one.address) for one in row.addresses])
-        return Host(
-            row.cluster, row.cluster_id, row.name, addresses, labels, self._boot_id, self._max_clusters
-        )
-
-    def _status(self) -> None:
-        publisher = self.publisher
-        details = {"keys": sorted(publisher.written), "conflicts": dict(publisher.conflicts)}
-        self._tables.status.put("mesh publish", StatusRow(publisher.ok, publisher.text, details=details))

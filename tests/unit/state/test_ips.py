@@ -29,3 +29,9 @@ def test_two_clusters_that_disagree_make_an_address_nobodys():
 def test_a_claim_without_an_identity_yet_does_not_contradict_one_that_has():
     assert winner({"mesh:beta": NONE, "mesh:gamma": ONE}, "alpha") == ONE
     assert winner({"mesh:beta": NONE}, "alpha") == NONE
+
+
+def test_what_a_cluster_says_of_its_own_nodes_address_leaves_it_a_node() -> None:
+    assert winner({"node:beta/b1": TWO, "mesh:beta": ONE}, "alpha") == TWO
+    assert winner({"node:beta/b1": TWO, "mesh:beta": ONE, "mesh:gamma": ONE}, "alpha") is None
+    assert winner({"node:alpha/a1": TWO, "mesh:alpha": ONE, "mesh:beta": ONE}, "alpha") == TWO
