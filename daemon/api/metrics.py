@@ -288,6 +288,16 @@ def _datapath(tables: Tables) -> Iterator[Family]:
         "1 while somebody has called a panic: policy does not decide",
         [({"mode": mode}, bool(panic and panic.details["panic"] == mode)) for mode in ("open", "failsafe")],
     )
+    crowded = tables.status.get("addresses")
+    missing = crowded.details.get("missing") if crowded else {}
+    yield Family(
+        "meshwall_addresses_missing",
+        "gauge",
+        "Addresses that did not fit into the tables and count as world",
+        [({"source": source}, count) for source, count in sorted(missing.items())]
+        if isinstance(missing, dict)
+        else [],
+    )
     tampering = tables.status.get("tampering")
     counts = tampering.details.get("counts") if tampering else None
     yield Family(

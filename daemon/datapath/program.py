@@ -8,6 +8,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from daemon.datapath.ip4 import BlocksFull
 from daemon.datapath.links import LoadFailed, load
 from daemon.datapath.maps import KernelMaps
 from daemon.datapath.ops import Op, TableFull
+from daemon.datapath.room import FULL, squeeze
 from daemon.model.identity import REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, RESERVED, Label, LabelSet
 from daemon.model.net import Direction, Prefix, compact
@@ -34,7 +36,7 @@ from daemon.policy.compile import (
     selected_specs,
 )
 from daemon.state.audit import Audited, audited
-from daemon.state.ips import winner
+from daemon.state.ips import rank, winner
 from daemon.state.tables import HostRow, IpRow, NodeKey, NodeRow, StatusRow, Tables
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ APISERVER = Identity(Reserved.KUBE_APISERVER)
 SETTLE_S = 0.002  # changes that come together are taken together
 RETRY_S = 2.0
 UNFIT_S = 10.0
+LEAST = 99  # trust of an address that nobody claims any more
 PIECE = 20_000  # addresses that change owners in one go, some 20 ms
 RESERVED_IDENTITIES = tuple(Identity(one) for one in Reserved if one is not Reserved.UNKNOWN)
 
@@ -250,6 +253,7 @@ class Program:
             text = f"refused, the last good policy stays: {error}"
             self._status(StatusRow(ok=False, text=text, hint=hint, details=self._details()))
             self._refused = True
+            self._tell_unfit()
             return None
         except OSError as error:
             log.error("data path: %s; reading the kernel's tables again", error)  # noqa: TRY400
@@ -260,6 +264,7 @@ class Program:
             return replace(work, recompile=True)
         self._refused = False
         self._publish(done, work)
+        self._tell_unfit()
         return None
 
     def _do(self, work: _Work) -> _Done:
@@ -339,21 +344,34 @@ class Program:
     def _claim_all(self, work: _Work, apply: Callable[[list[Op]], None], *, delete: bool = True) -> None:
         """Give every prefix of the work its owner, in pieces: others may use the image in between.
 
-        Raises TableFull or BlocksFull when some did not fit; all others are done then.
+        When some do not fit, the most trusted come in and old entries stay; `_unfit` has the others.
         """
-        refused: TableFull | BlocksFull | None = None
+        crowded: set[int] = set()
         for keys in _pieces(self._prefixes(work)):
             with self._image_lock:
                 put, gone = self._owners(keys, work.own)
                 try:
                     apply(self._image.claim(put, gone if delete else ()))
                     self._unfit.difference_update(keys)
-                except (TableFull, BlocksFull) as error:
-                    refused = error
-                    self._unfit.update(keys)
-                    self._unfit_due = time.monotonic() + UNFIT_S
-        if refused is not None:
-            raise refused
+                except FULL:
+                    crowded.update(keys)
+        if not crowded:
+            return
+        with self._image_lock:
+            put, gone = self._owners(crowded, work.own)
+            apply(self._image.claim({}, gone if delete else ()))
+            left = squeeze(self._image, put, lambda key: self._trust(key, work.own), apply)
+        self._unfit -= crowded
+        self._unfit |= set(left)
+        self._unfit_due = time.monotonic() + UNFIT_S
+
+    def _trust(self, key: int, own: frozenset[int]) -> int:
+        """The lower, the more an address is believed: own, local, this cluster, others."""
+        if key in own:
+            return -1
+        sources = [one.source for one in self._tables.ips.claims(key)] + list(self._nodes_at.get(key, ()))
+        cluster = self.settings.compile.cluster_name
+        return min((rank(one, cluster) for one in sources), default=LEAST)
 
     def _prefixes(self, work: _Work) -> list[int]:
         """What the work is about, own addresses first, and what did not fit the last time."""
@@ -469,6 +487,19 @@ class Program:
     def pressure(self) -> dict[str, float]:
         """How full the tables are that the daemon fills, 0 to 1."""
         return self._image.pressure if self._image.tables is not None else {}
+
+    def _tell_unfit(self) -> None:
+        """A row for addresses that do not fit; none when all do."""
+        if not self._unfit:
+            self._tables.status.delete("addresses")
+            return
+        by_source = Counter(
+            min((one.source for one in self._tables.ips.claims(key)), default="nodes") for key in self._unfit
+        )
+        sources = ", ".join(f"{count} of {source}" for source, count in sorted(by_source.items()))
+        text = f"the tables are full: {len(self._unfit)} addresses count as world ({sources})"
+        hint = "raise map_sizes (needs `meshwall cleanup` and a restart)"
+        self._put("addresses", StatusRow(False, text, hint, details={"missing": dict(by_source)}))
 
     def _waiting(self, host: HostRow | None) -> None:
         missing = [
