@@ -244,12 +244,10 @@ CONFIG = Struct(
         ("event_budget", "I"),  # events per reason, CPU and second; the rest is counted as suppressed
         ("hz", "I"),  # jiffies per second: the unit of time in ct4, ct6 and fragments; written by the loader
         ("panic", "I"),  # Panic
-        (
-            "reject_budget",
-            "I",
-        ),  # answers to denied packets per hook, CPU and second; beyond it there is silence
+        # answers to denied packets per hook, CPU and second; beyond it there is silence
+        ("reject_budget", "I"),
         ("panic_until", "Q"),  # jiffies; 0: until it is ended
-        ("trace_cookie", "Q"),
+        ("trace_cookie", "Q"),  # random; a packet that carries it is judged and leaves nothing behind
     ),
 )
 PEER = Struct("peer", (("slot", "I"), ("flags", "I")))
@@ -332,12 +330,30 @@ EVENT = Struct(
     ),
 )
 
+TRACE = Struct(
+    "trace",
+    (
+        ("event", f"{EVENT.size}s"),  # as it would have been told
+        ("cell", "I"),
+        ("slot", "I"),  # of the remote address
+        ("passes", "B"),
+        ("audited", "B"),
+        ("judged", "B"),  # the cell decided
+        ("opens", "B"),  # the first packet of a connection
+        ("deferred", "B"),  # XDP leaves it to TCX
+        ("answered", "B"),  # the sender would be told
+        ("done", "B"),  # 1: this is an answer
+        ("pad", "B"),
+    ),
+)
+
 # one packet's work space, and its answer's; the inside is the C's own
 SCRATCH = Struct("scratch", (("opaque", "192s"), ("room", "192s")))
 
 STRUCTS = (
     CONFIG, PEER, ROWS, SLOT_INFO, BLOCK, PORT_COLUMNS, CELLS, IP4_KEY, IP6_KEY, NET6_KEY, PREFIX6_KEY,
-    CT4_KEY, CT6_KEY, CT_ENTRY, FRAG_KEY, FRAG_ENTRY, HITS, BUDGET, SOURCE_KEY, SOURCE_SHARE, EVENT, SCRATCH,
+    CT4_KEY, CT6_KEY, CT_ENTRY, FRAG_KEY, FRAG_ENTRY, HITS, BUDGET, SOURCE_KEY, SOURCE_SHARE, EVENT, TRACE,
+    SCRATCH,
 )  # fmt: skip
 
 
@@ -391,6 +407,7 @@ class Sizes:
     hosts: int = 1 << 20
     prefixes6: int = 1 << 17
     conntrack: int = 1 << 17
+    half_open: int = 1 << 16
     fragments: int = 8_192
     events_bytes: int = 1 << 20
 
@@ -413,9 +430,13 @@ def maps(sizes: Sizes | None = None) -> dict[str, Map]:
         Map("cells", MapKind.ARRAY, None, CELLS, size.cells // CELL_BLOCK, MMAPABLE),
         Map("ct4", MapKind.LRU_HASH, CT4_KEY, CT_ENTRY, size.conntrack),
         Map("ct6", MapKind.LRU_HASH, CT6_KEY, CT_ENTRY, size.conntrack),
+        # connections that were not seen both ways: apart, so that a flood of them cannot evict the others
+        Map("ct4_new", MapKind.LRU_HASH, CT4_KEY, CT_ENTRY, size.half_open),
+        Map("ct6_new", MapKind.LRU_HASH, CT6_KEY, CT_ENTRY, size.half_open),
         Map("fragments", MapKind.LRU_HASH, FRAG_KEY, FRAG_ENTRY, size.fragments),
         # first fragments that were denied: apart, so that a flood of them cannot evict the allowed ones
         Map("fragments_denied", MapKind.LRU_HASH, FRAG_KEY, FRAG_ENTRY, size.fragments),
+        Map("frag_sources", MapKind.LRU_HASH, SOURCE_KEY, SOURCE_SHARE, size.fragments),
         Map("rule_hits", MapKind.PERCPU_ARRAY, None, HITS, size.rules),
         # index: direction * REASONS + reason
         Map("reasons", MapKind.PERCPU_ARRAY, None, HITS, 2 * REASONS),
@@ -424,6 +445,7 @@ def maps(sizes: Sizes | None = None) -> dict[str, Map]:
         Map("answers", MapKind.PERCPU_ARRAY, None, BUDGET, len(Hook)),
         Map("answered", MapKind.PERCPU_ARRAY, None, HITS, 2),  # index: direction
         Map("answer_sources", MapKind.LRU_HASH, SOURCE_KEY, SOURCE_SHARE, ANSWER_SOURCES),
+        Map("trace", MapKind.ARRAY, None, TRACE, 1),
         Map("scratch", MapKind.PERCPU_ARRAY, None, SCRATCH, len(Hook)),
         Map("events", MapKind.RINGBUF, None, None, size.events_bytes),
     )

@@ -90,7 +90,7 @@ class Loaded:
 def source_text(fds: Mapping[str, int], sizes: layout.Sizes, features: Features, cookie: int) -> str:
     """The whole C as one text: bcc looks at nothing but its main file."""
     numbers = dict(layout.constants()) | {f"FD_{name}": fd for name, fd in fds.items()}
-    numbers |= {"SLOTS": sizes.slots, "HZ": features.hz}
+    numbers |= {"SLOTS": sizes.slots, "FRAGMENTS": sizes.fragments, "HZ": features.hz}
     lines = [f"#define {name} {value}u" for name, value in numbers.items()]
     lines.append(f"#define COOKIE {cookie}ull")
     lines.append(f"#define ANSWER_MARK {cookie & 0xFFFFFFFF | 1}u")  # no packet has mark 0 by accident
@@ -176,6 +176,7 @@ def prepare_config(config: PinnedMap, hz: int) -> None:
     offsets = layout.CONFIG.offsets()
     with config.mmap(writable=True) as memory:
         struct.pack_into("=I", memory, offsets["hz"], hz)
+        struct.pack_into("=Q", memory, offsets["trace_cookie"], secrets.randbits(64) | 1)
         for name, most in (("event_budget", DEFAULT_EVENT_BUDGET), ("reject_budget", DEFAULT_REJECT_BUDGET)):
             if not struct.unpack_from("=I", memory, offsets[name])[0]:
                 struct.pack_into("=I", memory, offsets[name], most)

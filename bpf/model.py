@@ -419,6 +419,7 @@ class Host:
     flows: set[Flow] = field(default_factory=set)
     datagrams: set[Datagram] = field(default_factory=set)
     denied_datagrams: set[Datagram] = field(default_factory=set)
+    fragment_share: int = 512  # datagrams of one source at a time
 
     def judge(
         self, frame: bytes, direction: Direction, *, forwarded: bool = False, keeps_state: bool = True
@@ -543,9 +544,14 @@ class Host:
             self.denied_datagrams.add(datagram)
         elif datagram in self.denied_datagrams:
             return Reason.FRAG_DENIED
+        elif datagram not in self.datagrams and self._held(packet.src) >= self.fragment_share:
+            return Reason.FRAG_TABLE_FULL
         else:
             self.datagrams.add(datagram)
         return reason
+
+    def _held(self, source: bytes) -> int:
+        return sum(datagram[0] == source for datagram in self.datagrams)
 
     def _is_ours(self, packet: Packet) -> bool:
         if packet.group or not packet.family:

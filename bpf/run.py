@@ -37,6 +37,7 @@ from bpf.layout import (
 )
 from bpf.model import Direction, Policy
 from bpf.syscall import PinnedMap, RunResult, prog_test_run
+from bpf.trace import LOOPBACK, SKB_INGRESS_IFINDEX, SKB_SIZE, TCX_NEXT, XDP_MD, XDP_PASS, Traced, traced
 
 RIG_SIZES = layout.sized(
     slots=1 << 10,
@@ -48,15 +49,22 @@ RIG_SIZES = layout.sized(
     conntrack=1 << 16,
     events_bytes=1 << 20,
 )
+TRACE_COOKIE = 0x7472_6163_6520_6D65
+STATE = (
+    "ct4",
+    "ct6",
+    "ct4_new",
+    "ct6_new",
+    "fragments",
+    "fragments_denied",
+    "frag_sources",
+    "answer_sources",
+)
 PROGRAM_OF = {Hook.XDP: "xdp", Hook.TCX_INGRESS: "tcx_ingress", Hook.TCX_EGRESS: "tcx_egress"}
-XDP_DROP, XDP_PASS, TCX_DROP, TCX_REDIRECT, TCX_NEXT = 1, 2, 2, 7, 0xFFFFFFFF
-XDP_MD = struct.Struct("=6I")  # data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
-SKB_INGRESS_IFINDEX = 36  # offsets in struct __sk_buff
-SKB_GSO_SEGMENTS = 164
+XDP_DROP, TCX_DROP, TCX_REDIRECT = 1, 2, 7
+SKB_GSO_SEGMENTS = 164  # offsets in struct __sk_buff
 SKB_GSO_SIZE = 176
-SKB_SIZE = 192
 RING_BUSY, RING_DISCARD = 1 << 31, 1 << 30
-LOOPBACK = 1
 
 
 class Blocks:
@@ -154,6 +162,7 @@ class Rig:
             reject_budget=reject_budget,
             panic=int(policy.panic),
             hz=self.hz,
+            trace_cookie=TRACE_COOKIE,
             **enforced,
         )
         self.maps["config"].update(0, config)
@@ -236,7 +245,7 @@ class Rig:
 
     def forget(self) -> None:
         """Empty connections and fragments."""
-        for name in ("ct4", "ct6", "fragments", "fragments_denied", "answer_sources"):
+        for name in STATE:
             self._empty(name)
 
     def run(
@@ -263,6 +272,11 @@ class Rig:
         result = self._run_skb(program, frame, bytes(context), repeat)
         answer = result.data if result.value == TCX_REDIRECT else b""
         return Verdict(result.value == TCX_NEXT, marked=False, duration_ns=result.duration_ns, answer=answer)
+
+    def trace(self, hook: Hook, frame: bytes, *, forwarded: bool = False) -> Traced:
+        """Run one frame and leave nothing behind."""
+        program = self.loaded.fds[PROGRAM_OF[hook]]
+        return traced(program, self.maps["config"], self.maps["trace"], hook, frame, forwarded=forwarded)
 
     @staticmethod
     def _run_skb(program: int, frame: bytes, context: bytes, repeat: int) -> RunResult:

@@ -12,7 +12,7 @@ import os
 import platform
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -352,6 +352,18 @@ class PinnedMap:
             os.close(fd)
             raise
         return cls(fd, spec)
+
+    @classmethod
+    def open_sized(cls, path: Path, spec: Map) -> "PinnedMap":
+        """Open what is pinned at `path`, of this shape but of whatever size the operator chose."""
+        fd = obj_get(path)
+        try:
+            sized = replace(spec, max_entries=map_info(fd).max_entries)
+            check_map(fd, sized, str(path))
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, sized)
 
     @classmethod
     def create(cls, spec: Map, path: Path | None = None) -> "PinnedMap":

@@ -365,7 +365,7 @@ class Daemon:
             mode=config.enforcement,
         )
         yield from status.routes(glance)
-        yield from resources.routes(self.tables, config.pins, sizes(config), self._files.accept_empty)
+        yield from resources.routes(self.tables, config.pins, self._files.accept_empty)
         yield from audit.routes(self.tables, self._audit.set)
         yield from mesh.routes(self.tables, self._accept_deletions)
         yield from report.routes(self.tables, self._usage)

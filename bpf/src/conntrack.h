@@ -17,28 +17,44 @@ struct flow {
 #define LIFE_RESET 60		/* a reset may be forged: what is alive has time to show it */
 #define LIFE_ANSWERED 180	/* UDP and all others */
 
-static __always_inline struct ct_entry *flow_find(const struct flow *f, __u8 origin)
+static __always_inline void ct4_key_of(struct ct4_key *key, const struct flow *f, __u8 origin)
 {
-	struct ct_entry *entry;
+	*key = (struct ct4_key){
+		.local_be = f->local[0], .remote_be = f->remote[0], .local_port_be = f->local_port,
+		.remote_port_be = f->remote_port, .proto = f->proto, .origin = origin,
+	};
+}
 
+static __always_inline void ct6_key_of(struct ct6_key *key, const struct flow *f, __u8 origin)
+{
+	__builtin_memcpy(key->local, f->local, 16);
+	__builtin_memcpy(key->remote, f->remote, 16);
+	key->local_port_be = f->local_port;
+	key->remote_port_be = f->remote_port;
+	key->proto = f->proto;
+	key->origin = origin;
+	key->pad = 0;
+}
+
+static __always_inline int is_alive(const struct ct_entry *entry)
+{
+	return entry && (__s64)(entry->expires - bpf_jiffies64()) >= 0;
+}
+
+/* Is there such a connection? */
+static __always_inline int flow_known(const struct flow *f, __u8 origin)
+{
 	if (f->family == 4) {
-		struct ct4_key key = {
-			.local_be = f->local[0], .remote_be = f->remote[0], .local_port_be = f->local_port,
-			.remote_port_be = f->remote_port, .proto = f->proto, .origin = origin,
-		};
-		entry = map_find(ct4, &key);
+		struct ct4_key key;
+
+		ct4_key_of(&key, f, origin);
+		return is_alive(map_find(ct4, &key)) || is_alive(map_find(ct4_new, &key));
 	} else {
-		struct ct6_key key = {
-			.local_port_be = f->local_port, .remote_port_be = f->remote_port,
-			.proto = f->proto, .origin = origin,
-		};
-		__builtin_memcpy(key.local, f->local, 16);
-		__builtin_memcpy(key.remote, f->remote, 16);
-		entry = map_find(ct6, &key);
+		struct ct6_key key;
+
+		ct6_key_of(&key, f, origin);
+		return is_alive(map_find(ct6, &key)) || is_alive(map_find(ct6_new, &key));
 	}
-	if (!entry || (__s64)(entry->expires - bpf_jiffies64()) < 0)
-		return NULL;
-	return entry;
 }
 
 static __always_inline void flow_add(const struct flow *f, __u8 origin, __u32 rule)
@@ -47,38 +63,42 @@ static __always_inline void flow_add(const struct flow *f, __u8 origin, __u32 ru
 
 	entry.expires = entry.created + (__u64)LIFE_HALF_OPEN * HZ;
 	if (f->family == 4) {
-		struct ct4_key key = {
-			.local_be = f->local[0], .remote_be = f->remote[0], .local_port_be = f->local_port,
-			.remote_port_be = f->remote_port, .proto = f->proto, .origin = origin,
-		};
-		map_put(ct4, &key, &entry);
+		struct ct4_key key;
+
+		ct4_key_of(&key, f, origin);
+		map_put(ct4_new, &key, &entry);
 	} else {
-		struct ct6_key key = {
-			.local_port_be = f->local_port, .remote_port_be = f->remote_port,
-			.proto = f->proto, .origin = origin,
-		};
-		__builtin_memcpy(key.local, f->local, 16);
-		__builtin_memcpy(key.remote, f->remote, 16);
-		map_put(ct6, &key, &entry);
+		struct ct6_key key;
+
+		ct6_key_of(&key, f, origin);
+		map_put(ct6_new, &key, &entry);
 	}
 }
 
-static __always_inline __u32 life_s(__u32 flags, __u8 proto)
+static __always_inline __u32 life_s(__u32 flags, __u8 proto, int young)
 {
 	if (!(flags & CT_SEEN_REPLY))
 		return flags & CT_RESET ? LIFE_CLOSING : LIFE_HALF_OPEN;
-	if (proto != PROTO_TCP)
-		return proto == PROTO_SCTP ? LIFE_ESTABLISHED : LIFE_ANSWERED;
+	if (proto != PROTO_TCP && proto != PROTO_SCTP)
+		return LIFE_ANSWERED;
+	if (young)	/* our answer to a forged source looks like this */
+		return LIFE_HALF_OPEN;
+	if (proto == PROTO_SCTP)
+		return LIFE_ESTABLISHED;
 	if ((flags & (CT_FIN_LOCAL | CT_FIN_REMOTE)) == (CT_FIN_LOCAL | CT_FIN_REMOTE))
 		return LIFE_CLOSING;
 	return flags & CT_RESET ? LIFE_RESET : LIFE_ESTABLISHED;
 }
 
-/* A packet of a known connection. Writes only when something changes: a state, or the expiry by a good part of it. */
-static __always_inline void flow_seen(struct ct_entry *entry, const struct packet *p, int reply, int from_local)
+/* A packet of a known connection. Writes only when something changes: a state, or the expiry by a good part of it.
+ * 1: @young no more. The side that opened it has answered an answer, so it is no forged source.
+ */
+static __always_inline int
+flow_seen(struct ct_entry *entry, const struct packet *p, const struct scope *s, int reply, int young)
 {
 	__u32 flags = entry->flags;
 	__u64 expires, step;
+	int proven;
 
 	if (p->proto == PROTO_TCP) {
 		if (p->tcp_flags & TCP_RST)
@@ -86,20 +106,70 @@ static __always_inline void flow_seen(struct ct_entry *entry, const struct packe
 		else
 			flags &= ~CT_RESET;
 		if (p->tcp_flags & TCP_FIN)
-			flags |= from_local ? CT_FIN_LOCAL : CT_FIN_REMOTE;
+			flags |= s->direction == EGRESS ? CT_FIN_LOCAL : CT_FIN_REMOTE;
 		if (!reply && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 			flags = 0;	/* the same ports again */
 	}
 	if (reply && !(p->tcp_flags & TCP_RST))
 		flags |= CT_SEEN_REPLY;
-	step = (__u64)life_s(flags, p->proto) * HZ;
+	proven = young && !reply && flags & CT_SEEN_REPLY && !(flags & CT_RESET);
+	step = (__u64)life_s(flags, p->proto, young && !proven) * HZ;
 	expires = bpf_jiffies64() + step;
-	if (flags != entry->flags) {
+	if (flags != entry->flags || proven) {
 		entry->flags = flags;
 		entry->expires = expires;
 	} else if (expires - entry->expires > step / 32) {
 		entry->expires = expires;
 	}
+	return proven;
+}
+
+/* Is there such a connection? This packet belongs to it then, and may give it a place among those seen both ways.
+ * What comes out is a number and no entry, lest the verifier walk the rest of the program once for each table.
+ */
+static __always_inline int
+flow_touch(const struct flow *f, __u8 origin, const struct packet *p, const struct scope *s, int reply)
+{
+	struct ct_entry *entry, proven;
+
+	if (p->dry)
+		return flow_known(f, origin);
+	if (f->family == 4) {
+		struct ct4_key key;
+
+		ct4_key_of(&key, f, origin);
+		entry = map_find(ct4, &key);
+		if (is_alive(entry)) {
+			flow_seen(entry, p, s, reply, 0);
+			return 1;
+		}
+		entry = map_find(ct4_new, &key);
+		if (!is_alive(entry))
+			return 0;
+		if (flow_seen(entry, p, s, reply, 1)) {
+			proven = *entry;
+			map_put(ct4, &key, &proven);
+			map_drop(ct4_new, &key);
+		}
+	} else {
+		struct ct6_key key;
+
+		ct6_key_of(&key, f, origin);
+		entry = map_find(ct6, &key);
+		if (is_alive(entry)) {
+			flow_seen(entry, p, s, reply, 0);
+			return 1;
+		}
+		entry = map_find(ct6_new, &key);
+		if (!is_alive(entry))
+			return 0;
+		if (flow_seen(entry, p, s, reply, 1)) {
+			proven = *entry;
+			map_put(ct6, &key, &proven);
+			map_drop(ct6_new, &key);
+		}
+	}
+	return 1;
 }
 
 static __always_inline void flow_of(struct flow *f, const struct packet *p, __u32 direction)
@@ -145,19 +215,14 @@ static __always_inline int is_tcp_open(const struct packet *p)
 }
 
 /* Is this packet, which policy would drop, an answer to the other side's opening? */
-static __always_inline int is_reply(const struct packet *p, __u32 direction)
+static __always_inline int is_reply(const struct packet *p, const struct scope *s)
 {
-	struct ct_entry *entry;
 	struct flow f;
 
 	if (is_tcp_open(p) || p->class == CLASS_FRAG_NONFIRST || (is_icmp(p) && !is_echo_reply(p)))
 		return 0;
-	flow_of(&f, p, direction);
-	entry = flow_find(&f, direction == INGRESS ? CT_ORIGIN_OUT : CT_ORIGIN_IN);
-	if (!entry)
-		return 0;
-	flow_seen(entry, p, 1, direction == EGRESS);
-	return 1;
+	flow_of(&f, p, s->direction);
+	return flow_touch(&f, s->direction == INGRESS ? CT_ORIGIN_OUT : CT_ORIGIN_IN, p, s, 1);
 }
 
 /* Port index of the packet that would travel the other way. */
@@ -190,7 +255,6 @@ static __always_inline int needs_entry(const struct packet *p, const struct scop
 static __always_inline int flow_track(const struct packet *p, const struct scope *s, __u32 slot, __u32 rule, int add)
 {
 	__u8 origin = s->direction == INGRESS ? CT_ORIGIN_IN : CT_ORIGIN_OUT;
-	struct ct_entry *entry;
 	struct flow f;
 
 	if (p->class == CLASS_FRAG_NONFIRST || p->class == CLASS_MALFORMED || !p->family || p->link)
@@ -200,16 +264,13 @@ static __always_inline int flow_track(const struct packet *p, const struct scope
 	if (s->direction == INGRESS && !is_for_host(p, s->flags))
 		return 0;
 	flow_of(&f, p, s->direction);
-	entry = flow_find(&f, origin);
-	if (entry) {
-		flow_seen(entry, p, 0, s->direction == EGRESS);
+	if (flow_touch(&f, origin, p, s, 0))
 		return 0;
-	}
 	if (!needs_entry(p, s, slot))
 		return 0;
-	if (p->proto != PROTO_TCP && flow_find(&f, !origin))
+	if (p->proto != PROTO_TCP && flow_known(&f, !origin))
 		return 0;	/* an answer: the other side opened it */
-	if (add)
+	if (add && !p->dry)
 		flow_add(&f, origin, rule);
 	return 1;
 }
@@ -310,7 +371,7 @@ static __always_inline int is_related(const struct packet *p, const struct scope
 		f.local_port = q.proto == PROTO_ICMP4 || q.proto == PROTO_ICMP6 ? q.sport : q.dport;
 		f.remote_port = q.proto == PROTO_ICMP4 || q.proto == PROTO_ICMP6 ? 0 : q.sport;
 	}
-	if (flow_find(&f, CT_ORIGIN_OUT) || flow_find(&f, CT_ORIGIN_IN))
+	if (flow_known(&f, CT_ORIGIN_OUT) || flow_known(&f, CT_ORIGIN_IN))
 		return 1;
 	if (s->direction == EGRESS && is_mtu_error(p))
 		return 1;

@@ -34,21 +34,12 @@ static __always_inline int within_budget(struct budget *budget, __u32 most)
 }
 
 static __always_inline void
-emit(const struct packet *p, const struct scope *s, const struct outcome *o, __u32 kind, __u32 reason)
+fill_event(struct event *e, const struct packet *p, const struct scope *s, const struct outcome *o, __u32 kind,
+	   __u32 reason)
 {
-	struct budget *budget = map_find(budgets, &reason);
-	struct slot_info *slot;
-	struct event *e;
 	__u32 at = o->slot;
+	struct slot_info *slot = map_find(slot_info, &at);
 
-	if (!budget || !within_budget(budget, CONFIG->event_budget))
-		return;
-	e = bpf_ringbuf_reserve((void *)MAP(events), sizeof(*e), 0);
-	if (!e) {
-		budget->lost++;
-		return;
-	}
-	slot = map_find(slot_info, &at);
 	e->time_ns = bpf_ktime_get_ns();
 	__builtin_memcpy(e->saddr, p->src, 16);
 	__builtin_memcpy(e->daddr, p->dst, 16);
@@ -72,5 +63,21 @@ emit(const struct packet *p, const struct scope *s, const struct outcome *o, __u
 	e->generation = s->generation;
 	e->packet_class = p->class;
 	__builtin_memset(e->pad, 0, sizeof(e->pad));
+}
+
+static __always_inline void
+emit(const struct packet *p, const struct scope *s, const struct outcome *o, __u32 kind, __u32 reason)
+{
+	struct budget *budget = map_find(budgets, &reason);
+	struct event *e;
+
+	if (!budget || !within_budget(budget, CONFIG->event_budget))
+		return;
+	e = bpf_ringbuf_reserve((void *)MAP(events), sizeof(*e), 0);
+	if (!e) {
+		budget->lost++;
+		return;
+	}
+	fill_event(e, p, s, o, kind, reason);
 	bpf_ringbuf_submit(e, 0);
 }

@@ -18,21 +18,45 @@ static __always_inline int frag_alive(const struct frag_entry *entry)
 	return entry && (__s64)(entry->expires - bpf_jiffies64()) >= 0;
 }
 
-/* The verdict of a first fragment. A datagram with two of them is denied if either is: returns the tied verdict. */
-static __always_inline int frag_remember(const struct packet *p, __u32 rule, int pass)
+/* May this source have one more datagram in the table? One sender must not push out those of all others. */
+static __always_inline int frag_share(const struct packet *p)
+{
+	struct source_share fresh = { .window = bpf_jiffies64(), .used = 1 }, *share;
+	struct source_key key = { .family = p->family };
+
+	__builtin_memcpy(key.address, p->src, 16);
+	share = map_find(frag_sources, &key);
+	if (!share || fresh.window - share->window >= LIFE_FRAGMENT * HZ) {
+		map_put(frag_sources, &key, &fresh);
+		return 1;
+	}
+	if (share->used >= FRAGMENTS / 16)
+		return 0;
+	share->used++;
+	return 1;
+}
+
+/* Keeps the verdict of a first fragment. A datagram with two of them is denied if either is. 0, or why it is dropped
+ * though it would pass.
+ */
+static __always_inline __u32 frag_remember(const struct packet *p, __u32 rule, int pass)
 {
 	struct frag_entry entry = { .rule = rule, .pass_ = pass };
 	struct frag_key key;
 
 	frag_key_of(&key, p);
 	if (frag_alive(map_find(fragments_denied, &key)))
-		return 0;
+		return REASON_FRAG_DENIED;
 	entry.expires = bpf_jiffies64() + LIFE_FRAGMENT * HZ;
-	if (pass)
+	if (p->dry)
+		return 0;
+	if (!pass)
+		map_put(fragments_denied, &key, &entry);
+	else if (frag_alive(map_find(fragments, &key)) || frag_share(p))
 		map_put(fragments, &key, &entry);
 	else
-		map_put(fragments_denied, &key, &entry);
-	return pass;
+		return REASON_FRAG_TABLE_FULL;
+	return 0;
 }
 
 /* REASON_ for a later fragment, and the rule of its first. */

@@ -61,7 +61,7 @@ judge_by_policy(const struct packet *p, const struct scope *s, struct outcome *o
 		return REASON_NOT_HOST;
 	if (p->class == CLASS_FRAG_NONFIRST)
 		return frag_follow(p);
-	if (is_reply(p, s->direction))
+	if (is_reply(p, s))
 		return REASON_REPLY;
 	if (is_related(p, s, data, end))
 		return REASON_RELATED;
@@ -73,8 +73,10 @@ static __always_inline void tie_fragments(const struct packet *p, const struct s
 {
 	int pass = o->reason < REASON_POLICY_DEFAULT || is_audited(s, o);
 
-	if (p->class == CLASS_FRAG_FIRST && !frag_remember(p, cell_rule(o->cell), pass) && pass) {
-		o->reason = REASON_FRAG_DENIED;
+	__u32 tied = p->class == CLASS_FRAG_FIRST ? frag_remember(p, cell_rule(o->cell), pass) : 0;
+
+	if (tied && pass) {
+		o->reason = tied;
 		o->judged = 0;
 	}
 }
@@ -149,11 +151,37 @@ judge_egress(const struct packet *p, const struct scope *s, struct outcome *o, v
 		o->opens = o->reason == REASON_FORWARDED && (is_tcp_open(p) || is_echo_request(p));
 }
 
+/* What became of a traced packet goes to the one who sent it, and nowhere else. */
+static __always_inline void
+write_trace(const struct packet *p, const struct scope *s, const struct outcome *o, int drop, int audit)
+{
+	__u32 only = 0;
+	struct trace *trace = map_find(trace, &only);
+
+	if (!trace)
+		return;
+	fill_event(&trace->event, p, s, o, !drop ? EVENT_ALLOW : audit ? EVENT_AUDIT : EVENT_DROP, o->reason);
+	trace->cell = o->cell;
+	trace->slot = o->slot;
+	trace->passes = !drop || audit;
+	trace->audited = audit;
+	trace->judged = o->judged;
+	trace->opens = o->opens;
+	trace->deferred = o->defer;
+	trace->answered = wants_answer(p, s, o);
+	trace->done = 1;
+}
+
 /* Counts and tells. 1: drop. */
 static __always_inline int conclude(const struct packet *p, const struct scope *s, const struct outcome *o)
 {
 	int drop = o->reason >= REASON_POLICY_DEFAULT;
 	int audit = drop && is_audited(s, o);
+
+	if (p->dry) {
+		write_trace(p, s, o, drop, audit);
+		return drop && !audit;
+	}
 
 	count_reason(p, s, audit ? REASON_AUDITED : o->reason);
 	if (o->judged) {
@@ -166,6 +194,21 @@ static __always_inline int conclude(const struct packet *p, const struct scope *
 	else if ((o->opens && s->flags & CONFIG_LOG_ALLOWED) || (o->judged && cell_flags(o->cell) & CELLFLAG_LOG))
 		emit(p, s, o, EVENT_ALLOW, o->reason);
 	return drop && !audit;
+}
+
+/* Only a test run puts anything in front of a frame before we do, and only root knows the cookie. */
+static __always_inline int is_traced_frame(struct xdp_md *ctx)
+{
+	__u64 *cookie = (void *)(long)ctx->data_meta;
+
+	return (void *)(cookie + 1) <= (void *)(long)ctx->data && *cookie == CONFIG->trace_cookie;
+}
+
+static __always_inline int is_traced_skb(const struct __sk_buff *ctx)
+{
+	__u64 cookie = CONFIG->trace_cookie;
+
+	return ctx->cb[0] == (__u32)cookie && ctx->cb[1] == (__u32)(cookie >> 32) && cookie;
 }
 
 int xdp(struct xdp_md *ctx)
@@ -194,8 +237,11 @@ int xdp(struct xdp_md *ctx)
 	REFRESH();
 	if (p->malformed == NOT_LINEAR || (p->malformed && p->length != XDP_LENGTH(ctx)))
 		return XDP_PASS;
+	p->dry = is_traced_frame(ctx);
 	judge_ingress(p, &s, o, (void *)(long)ctx->data, (void *)(long)ctx->data_end, 0);
 	REFRESH();
+	if (p->dry)
+		return conclude(p, &s, o) ? XDP_DROP : XDP_PASS;
 	if (o->defer || (wants_answer(p, &s, o) && may_answer(HOOK_XDP)))
 		return XDP_PASS;
 	if (o->reason < REASON_POLICY_DEFAULT) {
@@ -258,9 +304,11 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction, __u32 bar
 			return TCX_DROP;
 		p = &scratch->packet;
 		o = &scratch->outcome;
+		p->dry = is_traced_skb(ctx);
 		p->length = ctx->len;
 		if (!s.enforced) {
-			count_reason(p, &s, REASON_NOT_ENFORCED);
+			if (!p->dry)
+				count_reason(p, &s, REASON_NOT_ENFORCED);
 			return TCX_NEXT;
 		}
 		parse_skb(ctx, p, &s);
@@ -289,6 +337,8 @@ static __always_inline int tcx(struct __sk_buff *ctx, __u32 direction, __u32 bar
 	REFRESH();
 	if (!conclude(p, &s, o))
 		return TCX_NEXT;
+	if (p->dry)
+		return TCX_DROP;
 	REFRESH();
 	return wants_answer(p, &s, o) ? answer(ctx, p, &s, &scratch->answer) : TCX_DROP;
 }

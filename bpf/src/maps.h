@@ -37,6 +37,7 @@ struct event {
 	__u32 identity, rule, ifindex, length, generation;
 	__u8 packet_class, pad[3];
 };
+struct trace { struct event event; __u32 cell, slot; __u8 passes, audited, judged, opens, deferred, answered, done, pad; };
 
 #define MAP(name) bpf_pseudo_fd(1, FD_##name)
 #define map_find(name, key) bpf_map_lookup_elem_(MAP(name), key)

@@ -72,6 +72,7 @@ struct packet {
 	__u8 group;		/* the frame is for a multicast or broadcast MAC address */
 	__u8 link;		/* keeps the link alive: passes whatever policy says */
 	__u8 fragmented;	/* has a fragment header, also that of an atomic fragment */
+	__u8 dry;		/* a traced packet: no state, no counter, no event */
 	__u8 offload;		/* a super-packet that the kernel merged or has still to split */
 	__u32 malformed;	/* REASON_ of a frame that does not parse, or 0 */
 	__u32 refuse;		/* REASON_ of a packet that parses but that nobody sends with good intent, or 0 */

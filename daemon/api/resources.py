@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from bpf.layout import Sizes
 from bpf.syscall import LayoutMismatch
 from daemon.api.app import ApiError, Json, stream_rows
 from daemon.datapath.conntrack import Conntrack, CtRow
@@ -28,7 +27,6 @@ MAX_LISTED_CT = 1_000_000
 def routes(
     tables: Tables,
     pins: Path,
-    sizes: Sizes,
     accept_empty: Callable[[], Awaitable[bool]],
 ) -> list[web.RouteDef]:
     """The handlers."""
@@ -56,11 +54,11 @@ def routes(
         return await stream_rows(request, {}, "ips", ip_rows(tables, wanted, number, filter_of(request)))
 
     async def ct(request: web.Request) -> web.StreamResponse:
-        rows = await asyncio.to_thread(_connections, pins, sizes)
+        rows = await asyncio.to_thread(_connections, pins)
         return await stream_rows(request, {}, "connections", map(ct_json, rows))
 
     async def flush(_: web.Request) -> web.StreamResponse:
-        return web.json_response({"flushed": await asyncio.to_thread(_flush, pins, sizes)})
+        return web.json_response({"flushed": await asyncio.to_thread(_flush, pins)})
 
     return [
         web.get("/v1/policies", policies),
@@ -269,8 +267,8 @@ def _number(text: str) -> Identity | None:
 # Connections
 
 
-def _connections(pins: Path, sizes: Sizes) -> list[CtRow]:
-    with _opened(pins, sizes) as table:
+def _connections(pins: Path) -> list[CtRow]:
+    with _opened(pins) as table:
         rows = []
         for row in table.entries():
             rows.append(row)
@@ -279,14 +277,14 @@ def _connections(pins: Path, sizes: Sizes) -> list[CtRow]:
         return rows
 
 
-def _flush(pins: Path, sizes: Sizes) -> int:
-    with _opened(pins, sizes) as table:
+def _flush(pins: Path) -> int:
+    with _opened(pins) as table:
         return table.flush()
 
 
-def _opened(pins: Path, sizes: Sizes) -> Conntrack:
+def _opened(pins: Path) -> Conntrack:
     try:
-        return Conntrack(pins, sizes)
+        return Conntrack(pins)
     except FileNotFoundError:
         raise ApiError(503, "there is no data path yet: `meshwall status` says why") from None
     except (OSError, LayoutMismatch) as error:
@@ -297,6 +295,7 @@ def ct_json(row: CtRow) -> Json:
     """One connection; times in seconds."""
     return {
         "protocol": proto_name(row.proto),
+        "state": row.state,
         "local": row.local,
         "local_port": row.local_port,
         "remote": row.remote,

@@ -21,14 +21,23 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _lines(found: Json) -> Sequence[str]:
-    rows: list[Sequence[object]] = [("PROTO", "LOCAL", "", "REMOTE", "AGE", "EXPIRES", "FLAGS")]
+    rows: list[Sequence[object]] = [("PROTO", "LOCAL", "", "REMOTE", "STATE", "AGE", "EXPIRES", "FLAGS")]
     for one in found["connections"]:
         local = _endpoint(one["local"], one["local_port"])
         remote = _endpoint(one["remote"], one["remote_port"])
         arrow = "->" if one["origin"] == "out" else "<-"
         flags = ",".join(one["flags"])
         rows.append(
-            (one["protocol"], local, arrow, remote, span(one["age_s"]), span(one["expires_s"]), flags)
+            (
+                one["protocol"],
+                local,
+                arrow,
+                remote,
+                one["state"],
+                span(one["age_s"]),
+                span(one["expires_s"]),
+                flags,
+            )
         )
     return table(rows)
 

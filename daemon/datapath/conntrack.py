@@ -1,5 +1,6 @@
 """Tracked connections: list, flush, and import of those that exist when enforcement begins."""
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,18 @@ from bpf.layout import (
     LAYOUT_VERSION,
     RULE_DEFAULT_ALLOW,
     CtFlag,
-    Sizes,
     maps,
 )
 from bpf.syscall import PinnedMap
 from daemon.model.net import Proto, packed_prefix
 
+HALF_OPEN, ESTABLISHED = "half-open", "established"
+TABLES = {
+    (4, ESTABLISHED): "ct4",
+    (4, HALF_OPEN): "ct4_new",
+    (6, ESTABLISHED): "ct6",
+    (6, HALF_OPEN): "ct6_new",
+}
 SEED_LIFE_S = 8000  # as long as an established connection
 TCP_LISTEN = 10
 _STATES = {1: True, 2: False, 4: True, 5: True, 8: True, 9: True, 11: True}  # /proc/net/tcp state -> answered
@@ -32,6 +39,7 @@ class CtRow:
     """One tracked connection. Times in seconds; `expires_s` is negative for what the next packet would not find."""
 
     family: int
+    state: str  # HALF_OPEN until the side that opened it has answered an answer, then ESTABLISHED
     proto: int
     local: str
     local_port: int
@@ -59,11 +67,15 @@ class Socket:
 class Conntrack:
     """The pinned connection tables of one pin directory."""
 
-    def __init__(self, pins: Path, sizes: Sizes) -> None:
-        shapes = maps(sizes)
+    def __init__(self, pins: Path) -> None:
+        shapes = maps()
         home = pins / f"v{LAYOUT_VERSION}" / "maps"
-        self._tables = {4: PinnedMap.open(home / "ct4", shapes["ct4"])}
-        self._tables[6] = PinnedMap.open(home / "ct6", shapes["ct6"])
+        with contextlib.ExitStack() as undo:
+            self._tables = {
+                (family, state): undo.enter_context(PinnedMap.open_sized(home / name, shapes[name]))
+                for (family, state), name in TABLES.items()
+            }
+            self._undo = undo.pop_all()
         with PinnedMap.open(home / "config", shapes["config"]) as config:
             # written by the loader, which measures it: that takes a tenth of a second
             (self._hz,) = struct.unpack_from(
@@ -72,8 +84,7 @@ class Conntrack:
 
     def close(self) -> None:
         """Give up the descriptors."""
-        for table in self._tables.values():
-            table.close()
+        self._undo.close()
 
     def __enter__(self) -> "Conntrack":
         return self
@@ -85,21 +96,29 @@ class Conntrack:
         """Every entry that has not expired, as the tables are read."""
         ticks = Ticks()
         try:
-            for family, table in self._tables.items():
+            for where, table in self._tables.items():
                 for key, value in table.items():
-                    row = _row(family, key, value, ticks.until, self._hz)
+                    row = _row(where, key, value, ticks.until, self._hz)
                     if row.expires_s >= 0:
                         yield row
         finally:
             ticks.close()
 
-    def flush(self) -> int:
-        """Forget every connection; returns how many there were. Replies to open connections are then judged anew."""
+    def flush(self, wanted: Callable[[CtRow], bool] = lambda _: True) -> int:
+        """Forget connections; returns how many there were. Replies to open ones are then judged anew."""
         count = 0
-        for table in self._tables.values():
-            keys = [key for key, _ in table.items()]
-            table.delete_batch(b"".join(keys), len(keys))
-            count += len(keys)
+        ticks = Ticks()
+        try:
+            for where, table in self._tables.items():
+                keys = [
+                    key
+                    for key, value in table.items()
+                    if wanted(_row(where, key, value, ticks.until, self._hz))
+                ]
+                table.delete_batch(b"".join(keys), len(keys))
+                count += len(keys)
+        finally:
+            ticks.close()
         return count
 
     def seed(self, sockets: Sequence[Socket], listening: frozenset[tuple[Proto, int]]) -> int:
@@ -113,7 +132,7 @@ class Conntrack:
         for one in sockets:
             origin = CT_ORIGIN_IN if (one.proto, one.local_port) in listening else CT_ORIGIN_OUT
             key = _key(one, origin)
-            table = self._tables[4 if len(one.local) == 4 else 6]
+            table = self._tables[4 if len(one.local) == 4 else 6, ESTABLISHED]
             if table.lookup(key) is None:
                 flags = CtFlag.SEEDED | (CtFlag.SEEN_REPLY if one.answered else CtFlag(0))
                 table.update(
@@ -168,12 +187,14 @@ def _key(one: Socket, origin: int) -> bytes:
     return CT6_KEY.pack(local=one.local, remote=one.remote, **ports)
 
 
-def _row(family: int, key: bytes, value: bytes, until: Callable[[int], int], hz: int) -> CtRow:
+def _row(where: tuple[int, str], key: bytes, value: bytes, until: Callable[[int], int], hz: int) -> CtRow:
+    family, state = where
     width = 4 if family == 4 else 16
     local, remote, ports = key[:width], key[width : 2 * width], key[2 * width :]
     expires, created, rule, flags = struct.unpack(CT_ENTRY.format, value)
     return CtRow(
         family,
+        state,
         ports[4],
         str(packed_prefix(local)),
         int.from_bytes(ports[0:2], "big"),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bpf.features import Ticks
-from bpf.layout import CONFIG, LAYOUT_VERSION, Panic, maps, sized
-from bpf.syscall import LayoutMismatch, PinnedMap, map_info, obj_get
+from bpf.layout import CONFIG, LAYOUT_VERSION, Panic, maps
+from bpf.syscall import LayoutMismatch, PinnedMap
 from daemon.datapath.conntrack import Conntrack, sockets
 
 _AT = CONFIG.offsets()
@@ -82,12 +82,8 @@ def write(pins: Path, kind: Panic, for_s: float | None) -> PanicState:
 
 def _remember_connections(pins: Path) -> None:
     """Answers to what this host has open pass in a failsafe panic, also where no policy has kept track so far."""
-    with suppress(OSError, LayoutMismatch):
-        handle = obj_get(_maps(pins) / "ct4")
-        with PinnedMap(handle, maps()["ct4"]):
-            size = map_info(handle).max_entries
-        with Conntrack(pins, sized(conntrack=size)) as table:
-            table.seed(*sockets())
+    with suppress(OSError, LayoutMismatch), Conntrack(pins) as table:
+        table.seed(*sockets())
 
 
 @contextmanager

@@ -335,7 +335,7 @@ class Program:
         active = self._image.enforced
         if any(compiled.matrix(one).enforced and not active[one] for one in Direction):
             known, listening = sockets()
-            with Conntrack(self.settings.pins, self.settings.sizes) as table:
+            with Conntrack(self.settings.pins) as table:
                 self._seeded = table.seed(known, listening)
             log.info("data path: %d existing connections imported", self._seeded)
 

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 COUNT_EVERY_S = 15.0  # a million entries take half a second of a worker thread
 ALARM = 0.8
+# What outsiders can fill at will is apart from the rest for that very reason: it makes no host unready.
+FLOODED = ("ct4_new", "ct6_new", "fragments_denied")
 FULL = 0.995  # LRU tables keep some entries free for each CPU
 
 
@@ -72,7 +74,7 @@ class Watch:
         if not found:
             return
         order = sorted(found.items(), key=lambda one: -one[1])
-        full = [name for name, share in order if share >= FULL]
+        full = [name for name, share in order if share >= FULL and name not in FLOODED]
         near = [name for name, share in order if share >= ALARM]
         name, share = order[0]
         text = f"fullest: {name} {100 * share:.0f}%"

@@ -1,14 +1,12 @@
 """What the data path counted, read from the pinned maps: packets and bytes per reason and per rule."""
 
-import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bpf.layout import HITS, LAYOUT_VERSION, REASONS, maps
-from bpf.syscall import LayoutMismatch, PinnedMap, check_map, map_info, obj_get
+from bpf.syscall import LayoutMismatch, PinnedMap
 from daemon.model.net import Direction
 
 _HITS = struct.Struct(HITS.format)
@@ -39,22 +37,10 @@ def read_answers(pins: Path) -> Mapping[Direction, Hits]:
 
 def _hits(pins: Path, name: str, indexes: Iterable[int]) -> dict[int, Hits]:
     try:
-        with _opened(pins / f"v{LAYOUT_VERSION}" / "maps" / name, name) as counters:
+        with PinnedMap.open_sized(pins / f"v{LAYOUT_VERSION}" / "maps" / name, maps()[name]) as counters:
             size = counters.spec.max_entries
             rows = {at: counters.lookup(at) or b"" for at in indexes if at < size}
     except (OSError, LayoutMismatch):
         return {}
     summed = {at: Hits(*map(sum, zip(*_HITS.iter_unpack(raw), strict=True))) for at, raw in rows.items()}
     return {at: hits for at, hits in summed.items() if hits.packets}
-
-
-def _opened(path: Path, name: str) -> PinnedMap:
-    """The pinned map in the size that the operator chose."""
-    fd = obj_get(path)
-    try:
-        spec = replace(maps()[name], max_entries=map_info(fd).max_entries)
-        check_map(fd, spec, str(path))
-    except BaseException:
-        os.close(fd)
-        raise
-    return PinnedMap(fd, spec)

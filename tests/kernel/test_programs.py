@@ -33,6 +33,7 @@ from bpf.layout import (
 )
 from bpf.model import Direction, Policy
 from bpf.run import Rig
+from bpf.syscall import prog_test_run
 
 pytestmark = pytest.mark.kernel
 
@@ -208,7 +209,7 @@ def test_denied_packets_leave_no_state_behind(rig: Rig) -> None:
     for port in range(100):
         rig.run(Hook.TCX_INGRESS, frames.tcp(STRANGER, US, port, 22))
         rig.run(Hook.XDP, frames.udp(STRANGER, US, port, 22))
-    assert not list(rig.maps["ct4"].items())
+    assert states(rig) == (0, 0)
 
 
 @pytest.mark.parametrize(("us", "friend", "stranger"), FAMILIES)
@@ -226,7 +227,7 @@ def test_forwarded_connections_take_no_room_among_ours(rig: Rig) -> None:
     passing_by = frames.tcp(STRANGER, "10.9.9.9", 40000, 22)
     assert rig.run(Hook.TCX_INGRESS, passing_by).passes
     assert rig.run(Hook.XDP, passing_by).marked
-    assert not list(rig.maps["ct4"].items())
+    assert states(rig) == (0, 0)
 
 
 def test_xdp_leaves_the_first_packet_of_a_connection_to_the_hook_that_keeps_its_state(rig: Rig) -> None:
@@ -240,13 +241,13 @@ def test_xdp_leaves_the_first_packet_of_a_connection_to_the_hook_that_keeps_its_
 def test_a_frame_for_another_mac_address_makes_no_state(rig: Rig) -> None:
     rig.install(SENDS_NOTHING)
     rig.run(Hook.TCX_INGRESS, frames.ip(STRANGER, US, 6, frames.tcp_segment(1, 22), mac=b"\x02\0\0\0\0\x09"))
-    assert not list(rig.maps["ct4"].items())
+    assert states(rig) == (0, 0)
 
 
 def test_what_we_forward_passes_and_masqueraded_connections_get_their_answers(rig: Rig) -> None:
     pod = "10.244.0.9"
     assert rig.run(Hook.TCX_EGRESS, frames.tcp(pod, STRANGER, 50001, 443), forwarded=True).passes
-    assert not list(rig.maps["ct4"].items())
+    assert states(rig) == (0, 0)
     assert rig.run(Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 50001, 443), forwarded=True).passes
     assert rig.run(Hook.XDP, frames.tcp(STRANGER, US, 443, 50001, SYN | ACK)).passes
 
@@ -518,7 +519,7 @@ def test_new_connections_are_told_when_asked_for(rig: Rig) -> None:
 
 
 def ct_entry(rig: Rig) -> dict[str, int]:
-    ((key, value),) = rig.maps["ct4"].items()
+    ((key, value),) = [*rig.maps["ct4"].items(), *rig.maps["ct4_new"].items()]
     assert CT4_KEY.unpack(key)["origin"] == CT_ORIGIN_OUT
     return {name: int(str(number)) for name, number in CT_ENTRY.unpack(value).items()}
 
@@ -543,6 +544,8 @@ def test_a_connection_lives_as_long_as_its_state_deserves(rig: Rig) -> None:
     sends(SYN)
     assert seconds_left(rig) == pytest.approx(60, abs=2)
     gets(SYN | ACK)
+    assert seconds_left(rig) == pytest.approx(60, abs=2), "still half open"
+    sends(ACK)
     assert seconds_left(rig) == pytest.approx(8000, abs=2)
     gets(RST)
     assert seconds_left(rig) == pytest.approx(60, abs=2)
@@ -559,9 +562,9 @@ def test_a_connection_lives_as_long_as_its_state_deserves(rig: Rig) -> None:
 
 def test_an_expired_entry_lets_nothing_in(rig: Rig) -> None:
     rig.run(Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 50000, 443))
-    ((key, value),) = rig.maps["ct4"].items()
+    ((key, value),) = rig.maps["ct4_new"].items()
     entry = CT_ENTRY.unpack(value)
-    rig.maps["ct4"].update(key, CT_ENTRY.pack(**{**entry, "expires": int(str(entry["created"])) - 1}))
+    rig.maps["ct4_new"].update(key, CT_ENTRY.pack(**{**entry, "expires": int(str(entry["created"])) - 1}))
     assert not rig.run(Hook.XDP, frames.tcp(STRANGER, US, 443, 50000, SYN | ACK)).passes
 
 
@@ -593,3 +596,192 @@ def test_a_super_packet_beyond_64_kib_is_judged_and_counted_as_its_segments(rig:
 def test_tcp_ports_are_not_udp_ports(rig: Rig) -> None:
     assert PORTS_TCP + 53 not in range(PORTS_UDP, PORTS_UDP + 65536)
     assert not rig.run(Hook.XDP, frames.tcp(FRIEND, US, 1, 53)).passes
+
+
+# Connections that are still being opened have a table of their own.
+
+
+def states(rig: Rig) -> tuple[int, int]:
+    """Entries that are half open, and established."""
+    half_open = len(list(rig.maps["ct4_new"].items())) + len(list(rig.maps["ct6_new"].items()))
+    return half_open, len(list(rig.maps["ct4"].items())) + len(list(rig.maps["ct6"].items()))
+
+
+@pytest.mark.parametrize(("us", "friend", "stranger"), FAMILIES)
+def test_a_connection_of_ours_is_established_when_we_answer_the_answer(
+    rig: Rig, us: str, friend: str, stranger: str
+) -> None:
+    rig.run(Hook.TCX_EGRESS, frames.tcp(us, stranger, 50000, 443))
+    assert states(rig) == (1, 0)
+    assert rig.run(Hook.XDP, frames.tcp(stranger, us, 443, 50000, SYN | ACK)).passes
+    assert states(rig) == (1, 0)
+    rig.run(Hook.TCX_EGRESS, frames.tcp(us, stranger, 50000, 443, ACK))
+    assert states(rig) == (0, 1)
+    assert rig.run(Hook.XDP, frames.tcp(stranger, us, 443, 50000, ACK)).passes
+    assert states(rig) == (0, 1)
+
+
+def test_our_answer_to_a_forged_opening_does_not_establish_it(rig: Rig) -> None:
+    rig.install(SENDS_NOTHING)
+    for _ in range(3):
+        rig.run(Hook.TCX_INGRESS, frames.tcp(STRANGER, US, 40000, 22))
+        assert rig.run(Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 22, 40000, SYN | ACK)).passes
+    assert states(rig) == (1, 0)
+    rig.run(Hook.TCX_INGRESS, frames.tcp(STRANGER, US, 40000, 22, RST))
+    assert states(rig) == (1, 0)
+
+
+@pytest.mark.parametrize("hook", INGRESS_HOOKS)
+def test_who_answers_our_answer_is_established_by_either_hook(rig: Rig, hook: Hook) -> None:
+    rig.install(SENDS_NOTHING)
+    rig.run(Hook.TCX_INGRESS, frames.tcp(STRANGER, US, 40000, 22))
+    rig.run(Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 22, 40000, SYN | ACK))
+    rig.run(hook, frames.tcp(STRANGER, US, 40000, 22, ACK))
+    assert states(rig) == (0, 1)
+    assert rig.run(Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 22, 40000, ACK)).passes
+
+
+def test_a_question_with_one_answer_stays_half_open_and_a_conversation_does_not(rig: Rig) -> None:
+    rig.run(Hook.TCX_EGRESS, frames.udp(US, STRANGER, 50000, 53))
+    rig.run(Hook.XDP, frames.udp(STRANGER, US, 53, 50000))
+    assert states(rig) == (1, 0)
+    rig.run(Hook.TCX_EGRESS, frames.udp(US, STRANGER, 50000, 53))
+    assert states(rig) == (0, 1)
+
+
+def test_a_flood_of_openings_evicts_no_established_connection(rig: Rig) -> None:
+    """1,000 conversations, then twice as many forged sources as the table of half-open ones holds."""
+    rig.install(SENDS_NOTHING)
+    for number in range(1_000):
+        port = 10_000 + number
+        rig.run(Hook.TCX_INGRESS, frames.tcp(FRIEND, US, port, 22))
+        rig.run(Hook.TCX_EGRESS, frames.tcp(US, FRIEND, 22, port, SYN | ACK))
+        rig.run(Hook.TCX_INGRESS, frames.tcp(FRIEND, US, port, 22, ACK))
+    assert states(rig) == (0, 1_000)
+    flood(rig, 2 * rig.sizes.half_open)
+    lost = sum(
+        not rig.run(Hook.TCX_EGRESS, frames.tcp(US, FRIEND, 22, 10_000 + number, ACK)).passes
+        for number in range(1_000)
+    )
+    assert lost == 0
+    assert states(rig)[1] == 1_000
+
+
+@pytest.mark.slow
+def test_a_million_forged_openings_and_our_answers_evict_nothing(rig: Rig) -> None:
+    rig.install(SENDS_NOTHING)
+    for number in range(1_000):
+        port = 10_000 + number
+        rig.run(Hook.TCX_INGRESS, frames.tcp(FRIEND, US, port, 22))
+        rig.run(Hook.TCX_EGRESS, frames.tcp(US, FRIEND, 22, port, SYN | ACK))
+        rig.run(Hook.TCX_INGRESS, frames.tcp(FRIEND, US, port, 22, ACK))
+    flood(rig, 1_000_000, answered=True)
+    lost = sum(
+        not rig.run(Hook.TCX_EGRESS, frames.tcp(US, FRIEND, 22, 10_000 + number, ACK)).passes
+        for number in range(1_000)
+    )
+    assert lost == 0
+
+
+def flood(rig: Rig, count: int, *, answered: bool = False) -> None:
+    """Openings from `count` different sources that all exist for the policy; the n-th source is 11.0.0.0 + n."""
+    opening = bytearray(frames.tcp("11.0.0.0", US, 40_000, 22))
+    answer = bytearray(frames.tcp(US, "11.0.0.0", 22, 40_000, SYN | ACK))
+    program, replies = rig.loaded.fds["tcx_ingress"], rig.loaded.fds["tcx_egress"]
+    for number in range(count):
+        source = (0x0B00_0000 + number).to_bytes(4, "big")
+        opening[26:30] = source
+        prog_test_run(program, bytes(opening))
+        if answered:
+            answer[30:34] = source
+            prog_test_run(replies, bytes(answer))
+
+
+# Fragments: one sender has a share of the table.
+
+
+def first_fragment(source: str, number: int) -> bytes:
+    return frames.ip(
+        source, US, 17, frames.udp_datagram(40_000, 53, bytes(16)), identification=number, fragment=1
+    )
+
+
+def test_one_sender_of_fragments_cannot_push_out_those_of_others(rig: Rig) -> None:
+    share = rig.sizes.fragments // 16
+    assert rig.run(Hook.XDP, first_fragment("198.51.100.7", 7)).passes
+    rig.install(Policy(ADDRESSES, default={Direction.INGRESS: ALLOW}))
+    passed = sum(rig.run(Hook.XDP, first_fragment(STRANGER, number)).passes for number in range(3 * share))
+    assert passed == share
+    assert rig.reasons(Direction.INGRESS)[Reason.FRAG_TABLE_FULL] >= 2 * share
+    assert rig.run(Hook.XDP, first_fragment(STRANGER, 0)).passes, "a datagram that has its place"
+    assert rig.run(Hook.XDP, first_fragment(FRIEND, 8)).passes, "another sender"
+    later = frames.ip(FRIEND, US, 17, bytes(16), identification=7, fragment=24)
+    assert rig.run(Hook.XDP, later).passes, "what came before the flood"
+
+
+# A traced packet leaves nothing behind.
+
+
+def contents(rig: Rig) -> dict[str, list[tuple[bytes, bytes]]]:
+    volatile = ("trace", "scratch", "events")
+    return {name: sorted(one.items()) for name, one in rig.maps.items() if name not in volatile}
+
+
+TRACED = [
+    (Hook.XDP, frames.tcp(STRANGER, US, 40000, 22)),
+    (Hook.XDP, frames.tcp(FRIEND, US, 40000, KUBELET)),
+    (Hook.TCX_INGRESS, frames.tcp(STRANGER, US, 40000, 22)),
+    (Hook.TCX_INGRESS, frames.udp(FRIEND6, US6, 40000, 53)),
+    (Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 50000, 443)),
+    (Hook.TCX_EGRESS, frames.udp(US, STRANGER, 50000, 53)),
+    (
+        Hook.TCX_INGRESS,
+        frames.ip(FRIEND, US, 17, frames.udp_datagram(1, 53, bytes(16)), identification=9, fragment=1),
+    ),
+    (
+        Hook.XDP,
+        frames.ip(STRANGER, US, 17, frames.udp_datagram(1, 53, bytes(16)), identification=9, fragment=1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("hook", "frame"), TRACED)
+@pytest.mark.parametrize("policy", [ONLY_KUBELET, SENDS_NOTHING])
+def test_a_traced_packet_changes_no_map_and_has_the_verdict_of_a_real_one(
+    rig: Rig, hook: Hook, frame: bytes, policy: Policy
+) -> None:
+    rig.install(policy)
+    before = contents(rig)
+    found = rig.trace(hook, frame)
+    assert contents(rig) == before
+    assert rig.events() == []
+    assert found.outcome is not None
+    real = rig.run(hook, frame)
+    assert found.passes == real.passes == bool(found.outcome["passes"])
+    if hook is Hook.XDP:
+        assert bool(found.outcome["deferred"]) == (real.passes and not real.marked)
+
+
+def test_a_trace_names_class_tuple_identity_and_rule(rig: Rig) -> None:
+    event = rig.trace(Hook.XDP, frames.tcp(FRIEND, US, 40000, 80)).event
+    assert event is not None
+    assert (event["packet_class"], event["reason"]) == (PacketClass.TCP, Reason.POLICY_DENY)
+    assert (event["rule"], event["identity"]) == (17, 1_000 + FRIENDS)
+    assert (event["saddr"][:4], event["dport_be"]) == (raw(FRIEND), (80).to_bytes(2, "big"))
+    assert event["kind"] == EventKind.DROP
+
+
+def test_a_known_connection_is_known_to_a_trace_and_not_refreshed(rig: Rig) -> None:
+    rig.run(Hook.TCX_EGRESS, frames.tcp(US, STRANGER, 50000, 443))
+    before = contents(rig)
+    found = rig.trace(Hook.XDP, frames.tcp(STRANGER, US, 443, 50000, SYN | ACK))
+    assert found.event is not None
+    assert found.event["reason"] == Reason.REPLY
+    assert contents(rig) == before
+    assert rig.trace(Hook.XDP, frames.tcp(STRANGER, US, 443, 50001, SYN | ACK)).passes is False
+
+
+def test_without_the_cookie_nothing_is_dry(rig: Rig) -> None:
+    before = contents(rig)
+    rig.run(Hook.XDP, frames.tcp(STRANGER, US, 40000, 22))
+    assert contents(rig) != before

@@ -11,7 +11,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from bpf.layout import Sizes
 from daemon.api import resources, status
 from daemon.api.app import Api, ApiError, stream_rows
 from daemon.model.identity import Identity
@@ -82,7 +81,7 @@ async def ask(tables: Tables, tmp_path: Path) -> AsyncIterator[Ask]:
         stalls=Stalls(),
         mode="default",
     )
-    routes = [*resources.routes(tables, tmp_path, Sizes(), accept), *status.routes(glance)]
+    routes = [*resources.routes(tables, tmp_path, accept), *status.routes(glance)]
     async with serving(tmp_path / "sock", routes) as found:
         yield found
 
