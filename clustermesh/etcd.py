@@ -95,6 +95,7 @@ class _Session:
         self.revoke = unary("Lease", "LeaseRevoke", pb.LeaseRevokeResponse)
         self.authenticate = unary("Auth", "Authenticate", pb.AuthenticateResponse)
         self.status = unary("Maintenance", "Status", pb.StatusResponse)
+        self.unary = unary
         self.keep_alive = stream("Lease", "LeaseKeepAlive", pb.LeaseKeepAliveResponse)
         self.watch = stream("Watch", "Watch", pb.WatchResponse)
 
@@ -244,6 +245,11 @@ class EtcdKV:
     async def compact(self, revision: int) -> None:
         """Have the store forget events before `revision`."""
         await self._unary(lambda one: one.compact, pb.CompactionRequest(revision=revision))
+
+    async def auth(self, method: str, request: Message) -> Message:
+        """A call of the administrator, such as `RoleAdd`. Raises KVError."""
+        reply = pb.AuthRoleResponse if method.startswith("Role") else pb.AuthUserResponse
+        return await self._unary(lambda one: one.unary("Auth", method, reply), request)
 
     # -- connecting
 
@@ -536,7 +542,11 @@ def _problem(endpoint: str, error: grpc.aio.AioRpcError) -> KVError:  # noqa: PL
             return Denied(f"{text}: this store wants a user, set etcd.username or etcd.cert")
         case grpc.StatusCode.FAILED_PRECONDITION if "not enabled" in details:
             return Denied(f"{text}: this store has no users, remove etcd.username")
-        case grpc.StatusCode.RESOURCE_EXHAUSTED | grpc.StatusCode.INVALID_ARGUMENT:
+        case (
+            grpc.StatusCode.RESOURCE_EXHAUSTED
+            | grpc.StatusCode.INVALID_ARGUMENT
+            | grpc.StatusCode.FAILED_PRECONDITION
+        ):
             return KVError(text)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return ConnectionLost(f"{endpoint}: no answer in time")

@@ -1,9 +1,10 @@
-"""`meshwall mesh status`, `meshwall mesh accept` and `meshwall node list`."""
+"""`meshwall mesh status|accept|invite|join` and `meshwall node list`."""
 
 import argparse
 import json
 import time
 
+from daemon.cli import invite
 from daemon.cli.client import DaemonError, Json, ask, fail, listing, output_option, printable, span, table
 
 
@@ -17,6 +18,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     accept = verbs.add_parser("accept", help="believe the deletions of a cluster that are held back")
     accept.add_argument("cluster", metavar="CLUSTER")
     accept.set_defaults(run=_accept)
+    invite.register(verbs)
     node = subparsers.add_parser("node", aliases=["nodes"], help="nodes of all clusters")
     verbs = node.add_subparsers(title="commands", metavar="COMMAND", required=True)
     many = verbs.add_parser("list", aliases=["ls"], help="name, addresses and identity of each node")
