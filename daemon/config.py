@@ -247,7 +247,8 @@ class Config(Section):
     )
     node_file: Path | None = Field(
         default=None,
-        description="YAML file with further labels (`labels: {key: value}`); policy waits until it exists",
+        description="YAML file with further labels (`labels: {key: value}`); until it exists "
+        "policy stays as it was, and on the first start ever only the failsafe list passes",
     )
     policy_dir: Path = Field(
         default=Path("/etc/meshwall/policies.d"), description="directory of policies, watched"

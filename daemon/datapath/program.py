@@ -105,6 +105,7 @@ class Program:
         self._loaded: dict[str, object] = {}
         self._seeded = 0
         self._refused = False
+        self._held = False  # at the failsafe list, until the labels of this host are known
         self.conflicts: set[int] = set()  # prefixes as `compact` numbers
         self._unfit: set[int] = set()  # prefixes that did not fit into the maps
         self._unfit_due = 0.0  # when the next pass tries them again
@@ -134,6 +135,8 @@ class Program:
             host.take()
             row = tables.host.get("host")
             if row is None or not (tables.policies.synced and tables.identities.synced and tables.ips.synced):
+                if row is None:
+                    await self._hold()
                 self._waiting(row)
                 continue
             recompile |= bool(policies.take()) | bool(groups.take()) | bool(audit.take())
@@ -145,20 +148,46 @@ class Program:
                 continue
             pending = await self._pass(work)
 
+    async def _hold(self) -> None:
+        """On the first start ever, without the labels of this host: only the failsafe list passes until they are known.
+
+        Later starts keep the last good policy.
+        """
+        told, own = self._tables.status.get("host"), self._tables.own.get("own")
+        unknown = told is not None and not told.ok and own is not None
+        if not unknown or self._image.generation or self.settings.compile.mode == "never":
+            return
+        log.warning("data path: the labels of this host are not known: only the failsafe list passes")
+        try:
+            await asyncio.to_thread(self._failsafe_only, own or frozenset())
+        except OSError as error:
+            log.error("data path: %s", error)  # noqa: TRY400 - one line
+
+    def _failsafe_only(self, own: frozenset[Prefix]) -> None:
+        known = {one: reserved_labels(one) for one in RESERVED_IDENTITIES}
+        settings = replace(self.settings.compile, mode="always")
+        compiled = compile_policy((), {}, Subject(HOST, reserved_labels(HOST)), known, settings)
+        with self._image_lock:
+            if self._maps is None:
+                return
+            self._maps.apply(self._image.claim(dict.fromkeys(map(compact, own), HOST), ()))
+            self._seed(compiled)
+            self._maps.apply(self._image.switch(compiled, audit=audited(self._tables).host))
+            self._held = True
+
     async def follow_own(self) -> None:
         """For ever, beside `run`: an own address that appears is known at once, however long a compilation takes.
 
         Until then its packets would pass as not for this host.
         """
         wake = asyncio.Event()
-        host = self._tables.host.reader(wake)
+        own = self._tables.own.reader(wake)
         while True:
             await wake.wait()
             wake.clear()
-            host.take()
-            row = self._tables.host.get("host")
-            if row is not None and self._image.tables is not None:
-                await asyncio.to_thread(self._claim_own, row.addresses)
+            own.take()
+            if self._image.tables is not None:
+                await asyncio.to_thread(self._claim_own, self._tables.own["own"])
 
     def _claim_own(self, addresses: frozenset[Prefix]) -> None:
         with self._image_lock:
@@ -262,7 +291,7 @@ class Program:
             if self._maps is not None:
                 await asyncio.to_thread(self._adopt, self._maps)
             return replace(work, recompile=True)
-        self._refused = False
+        self._refused = self._held = False
         self._publish(done, work)
         self._tell_unfit()
         return None
@@ -509,6 +538,8 @@ class Program:
         ]
         what = ", ".join((["labels of this host"] if host is None else []) + missing)
         kept = "the last good policy stays" if self._image.generation else "nothing is enforced yet"
+        if self._held:
+            kept = "only the failsafe list passes"
         self._status(StatusRow(ok=False, text=f"waiting for {what}; {kept}", details=self._details()))
 
     def _publish(self, done: _Done, work: _Work) -> None:

@@ -1,7 +1,7 @@
 """This host: devices and addresses by netlink, labels from the settings and the node file.
 
-Writes `devices`, the one row of `host`, `identities[1]` and `status["host"]`. Without complete labels there is no row
-of `host`; devices are told all the same, since a policy that was enforced before may have to cover them.
+Writes `devices`, `own`, the one row of `host`, `identities[1]` and `status["host"]`. Without complete labels there is
+no row of `host`; devices and addresses are told all the same: a policy that was enforced before has to cover them.
 """
 
 import asyncio
@@ -105,16 +105,17 @@ class HostSource:
     def reread(self) -> None:
         """Read the node file again; a change takes effect at once."""
         self._read_node_file()
-        row = self._tables.host.get("host")
-        if row is not None:
-            self._put(row.addresses)
+        addresses = self._tables.own.get("own")
+        if addresses is not None:
+            self._put(addresses)
 
     async def _look(self) -> None:
         devices, addresses = await asyncio.to_thread(rtnetlink.dump)
         self._tables.devices.replace(devices)
         self._tables.devices.mark_synced()
+        self._tables.own.put("own", own_addresses(addresses))
         self._read_node_file()
-        self._put(own_addresses(addresses))
+        self._put(self._tables.own["own"])
 
     def _read_node_file(self) -> None:
         """A file that is missing or broken leaves the labels as they were."""

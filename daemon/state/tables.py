@@ -220,6 +220,8 @@ class Tables:
     ips: IpTable = field(default_factory=lambda: IpTable("ips"))
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
     devices: Table[int, Device] = field(default_factory=lambda: Table("devices"))  # by index
+    # the one key is `own`: addresses of this host, known before its labels are
+    own: Table[str, frozenset[Prefix]] = field(default_factory=lambda: Table("own"))
     host: Table[str, HostRow] = field(default_factory=lambda: Table("host"))
     audit: Table[str, AuditRow] = field(default_factory=lambda: Table("audit"))
     problems: Table[str, tuple[Problem, ...]] = field(default_factory=lambda: Table("problems"))

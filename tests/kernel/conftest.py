@@ -207,7 +207,7 @@ class Machine:
 
     def listener(self, namespace: str, address: str, port: int) -> socket.socket:
         one = self.bound(namespace, address, port, socket.SOCK_STREAM)
-        one.listen(64)
+        one.listen(512)
         return one
 
     def connects(self, port: int, target: str = NODE, source: str = PEER) -> bool:

@@ -33,14 +33,20 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def node(machine):
-    machine.start(**SETTINGS)
-    machine.enforce(POLICY)
+def listening(machine):
+    """The machine with its ports, before there is a daemon."""
     with contextlib.ExitStack() as stack:
         for port in (OPEN, CLOSED, FAILSAFE):
             stack.enter_context(machine.listener(machine.us, machine.node, port))
-        machine.until(lambda: open_ports(machine) == [OPEN, FAILSAFE])
         yield machine
+
+
+@pytest.fixture(scope="module")
+def node(listening):
+    (listening.home / "node.yaml").write_text("labels: {zone: a}\n")
+    listening.enforce(POLICY)
+    listening.until(lambda: open_ports(listening) == [OPEN, FAILSAFE])
+    return listening
 
 
 def open_ports(node) -> list[int]:
@@ -64,6 +70,20 @@ def outbound(node) -> Iterator[tuple[socket.socket, socket.socket]]:
         theirs, _ = there.accept()
         with theirs:
             yield ours, theirs
+
+
+def test_a_first_start_without_the_labels_of_the_host_passes_the_failsafe_list_alone(listening):
+    """First: later ones have a policy."""
+    listening.start(node_file=str(listening.home / "node.yaml"), **SETTINGS)
+    with outbound(listening) as (ours, theirs):
+        listening.until(lambda: listening.generation() > 0, 30)  # nobody accepts: only so many may connect
+        assert open_ports(listening) == [FAILSAFE]
+        assert "only the failsafe list passes" in listening.status()["enforcement"]["text"]
+        theirs.sendall(b"an answer")
+        assert ours.recv(16) == b"an answer"
+        (listening.home / "node.yaml").write_text("labels: {zone: a}\n")
+        listening.until(lambda: listening.generation() > 1, 20)
+        assert open_ports(listening) == [OPEN, CLOSED, FAILSAFE]
 
 
 def test_panic_works_with_the_daemon_killed_and_survives_its_restart(node):
@@ -160,23 +180,31 @@ def audit(node, *words: str) -> str:
     return done.stdout
 
 
-def test_audit_of_the_host_is_a_switch_that_a_restart_keeps(node):
+def test_audit_of_the_host_is_a_switch_of_the_generation(node):
     generation = node.generation()
     assert "the whole host  on" in audit(node, "on")
     assert node.generation() > generation
     assert open_ports(node) == [OPEN, CLOSED, FAILSAFE]
     assert node.status()["enforcement"]["audit"]
-    node.stop(signal.SIGKILL)
-    assert node.connects(CLOSED)
-    node.start()
-    node.until(lambda: node.status().get("enforcement", {}).get("ok", False), 30)
-    assert node.connects(CLOSED)
     assert "AUDIT: audit: everything passes" in node.meshwall("status").stdout
     audit(node, "off")
     assert open_ports(node) == [OPEN, FAILSAFE]
     assert "the whole host  off" in audit(node, "status")
     audit(node, "reset")
     assert "settings" in audit(node, "status")
+
+
+@pytest.mark.slow
+def test_audit_outlives_the_daemon(node):
+    audit(node, "on")
+    node.stop(signal.SIGKILL)
+    assert node.connects(CLOSED)
+    node.start()
+    node.until(lambda: node.status().get("enforcement", {}).get("ok", False), 30)
+    assert node.status()["enforcement"]["audit"]
+    assert node.connects(CLOSED)
+    audit(node, "reset")
+    assert open_ports(node) == [OPEN, FAILSAFE]
 
 
 def test_audit_of_one_policy_lets_its_own_denials_pass_and_an_unknown_name_is_refused(node):

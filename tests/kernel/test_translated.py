@@ -108,6 +108,7 @@ def test_masqueraded_traffic_of_a_pod_and_its_answers_pass_though_the_machine_it
     assert not reaches_outside(node, kind)
 
 
+@pytest.mark.slow
 def test_an_exempt_node_port_is_left_to_the_policy_behind_it(node):
     node.stop()
     before = node.generation()
