@@ -194,6 +194,7 @@ async def stream_rows(
         separator = ",\n"
         if len(pending) >= ROWS_AT_ONCE:
             await response.write("".join(pending).encode())
+            await asyncio.sleep(0)  # a write that fits into the buffer does not wait
             pending.clear()
     await response.write(("".join(pending) + "\n]}\n").encode())
     return response

@@ -1,7 +1,8 @@
 """/v1/policies, identities, ips, ct: what the tables and the kernel hold, row by row."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+import heapq
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from daemon.api.app import ApiError, Json, stream_rows
 from daemon.datapath.conntrack import Conntrack, CtRow
 from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_name
 from daemon.model.labels import LabelSet, format_labels, parse_labels
-from daemon.model.net import Direction, Prefix, parse_prefix, proto_name
+from daemon.model.net import Direction, Prefix, expand, parse_prefix, proto_name
 from daemon.model.problem import Problem
 from daemon.model.rule import LabelSelector, NamedPort, Policy, PortMatch, Rule
 from daemon.policy.compile import HOST, Subject, selects
@@ -22,6 +23,7 @@ from daemon.state.audit import Audited, audited
 from daemon.state.tables import IpKey, IpRow, Tables
 
 MAX_LISTED_CT = 1_000_000
+PIECE = 20_000
 
 
 def routes(
@@ -46,12 +48,14 @@ def routes(
         return await stream_rows(request, {}, "identities", rows)
 
     async def identity(request: web.Request) -> web.StreamResponse:
-        return web.json_response(identity_json(tables, request.match_info["number"]))
+        number = request.match_info["number"]
+        return web.json_response(await asyncio.to_thread(identity_json, tables, number))
 
     async def ips(request: web.Request) -> web.StreamResponse:
         wanted = _prefix(request.query.get("address", ""))
         number = _number(request.query.get("identity", ""))
-        return await stream_rows(request, {}, "ips", ip_rows(tables, wanted, number, filter_of(request)))
+        found = await asyncio.to_thread(ip_prefixes, tables, wanted, number)
+        return await stream_rows(request, {}, "ips", ip_rows(tables, found, number, filter_of(request)))
 
     async def ct(request: web.Request) -> web.StreamResponse:
         rows = await asyncio.to_thread(_connections, pins)
@@ -216,24 +220,45 @@ def identity_json(tables: Tables, text: str) -> Json:
     found = _identity(tables, number) if number is not None else None
     if number is None or found is None:
         raise ApiError(404, f"no identity {text!r} is known")
-    return found | {"ips": list(ip_rows(tables, None, number))}
+    return found | {"ips": list(ip_rows(tables, ip_prefixes(tables, None, number), number))}
+
+
+def ip_prefixes(tables: Tables, within: Prefix | None, identity: Identity | None) -> Iterator[int]:
+    """Claimed prefixes in address order; those that cover or lie within a prefix, or of one identity.
+
+    For a thread: a million of them take seconds. They are sorted in pieces, because a sort lets nobody else run.
+    """
+    claims = tables.ips.claims
+    found = tables.ips.prefixes()
+    if identity is not None:
+        found = [one for one in found if any(row.identity == identity for row in claims(one))]
+    if within is not None:
+        found = [one for one in found if _overlap(expand(one), within)]
+    pieces = [sorted(found[at : at + PIECE], key=_place) for at in range(0, len(found), PIECE)]
+    return heapq.merge(*pieces, key=_place)
+
+
+def _overlap(one: Prefix, other: Prefix) -> bool:
+    return one.contains(other) or other.contains(one)
+
+
+def _place(key: int) -> int:
+    """Where a `compact` prefix is listed: by family, address and length."""
+    prefix = expand(key)
+    return (prefix.family == 6) << 136 | prefix.address << 8 | prefix.length
 
 
 def ip_rows(
     tables: Tables,
-    within: Prefix | None,
+    prefixes: Iterable[int],
     identity: Identity | None,
     wanted: Filter = Filter(),  # noqa: B008
 ) -> Iterator[Json]:
-    """Every claim in address order; those that cover or lie within a prefix, or of one identity."""
-    for key in sorted(tables.ips):
-        row = tables.ips.get(key)
-        if row is None or (identity is not None and row.identity != identity):
-            continue
-        if not wanted.by_source(key.source):
-            continue
-        if within is None or within.contains(key.prefix) or key.prefix.contains(within):
-            yield _ip(key, row)
+    """Every claim to these prefixes, or those of one identity."""
+    for one in prefixes:
+        for row in sorted(tables.ips.claims(one), key=lambda row: row.source):
+            if wanted.by_source(row.source) and identity in (None, row.identity):
+                yield _ip(IpKey(expand(one), row.source), row)
 
 
 def _ip(key: IpKey, row: IpRow) -> Json:
