@@ -279,8 +279,8 @@ class Ip4:
     def _plan_few(self, plan: _Plan, hosts: Mapping[int, int | None]) -> None:
         """Hosts of /24s that have no block and need none come and go in the hash."""
         known = hosts.keys() & self._hashed.keys() if self._hashed else set[int]()
-        plan.puts.update((address, slot) for address, slot in hosts.items() if slot is not None)
-        plan.come = [address >> 8 for address in plan.puts if address not in known]
+        plan.puts = {address: slot for address, slot in hosts.items() if slot is not None}
+        plan.come = [address >> 8 for address in (plan.puts.keys() - known if known else plan.puts)]
         plan.drops += [address for address in known if hosts[address] is None]
         plan.gone = [address >> 8 for address in plan.drops]
 
