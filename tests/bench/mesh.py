@@ -1,22 +1,27 @@
-"""How long addresses and identities in etcd take to become rows, against a bare client.
+"""How long addresses and identities in etcd take to become rows, and to be enforced, against a bare client.
 
-    python -P tests/bench/mesh.py [--addresses 100000] [--identities 10000] [--json]
+    ./dev bench mesh [--addresses 100000] [--identities 10000] [--idle] [--json]
 
-Starts an etcd of its own on loopback. The bare client lists the same keys in pages of 5,000 with the same
-gRPC stubs and does json.loads on each value: the least that any Python reader can do.
+Runs in a namespace of its own, with an etcd on its loopback and, for `enforced`, a real meshwalld on a veth with one
+policy: from its start, compiling the data path included, until it reports that all is in the kernel; then again with
+the etcd stopped and the pins gone, from disk. The bare client lists the same keys in pages of 5,000 with the same gRPC
+stubs and does json.loads on each value: the least that any Python reader can do. --idle: what a reader costs that has
+nothing to do, with 50 clusters of 200 hosts in the etcd, of which each rewrites its node every five minutes.
 """
 
 import argparse
 import asyncio
 import json
-import resource
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from clustermesh import wire
 from clustermesh.etcd import EtcdKV
@@ -25,6 +30,7 @@ from clustermesh.settings import EtcdSettings
 from daemon.sources.mesh import MeshSource
 from daemon.state.tables import Tables
 
+ROOT = Path(__file__).resolve().parents[2]
 FIRST = 131072 + 1
 
 
@@ -162,10 +168,18 @@ def once(endpoint: str, addresses: int) -> dict[str, float]:
     return found
 
 
+def memory(pid: int | str = "self") -> dict[str, int]:
+    """Resident MB (10^6 bytes), now and at most. (ru_maxrss would count what the parent had.)"""
+    found = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {
+        name: int(found[key].split()[0]) * 1024 // 1_000_000
+        for name, key in (("resident_mb", "VmRSS"), ("peak_mb", "VmHWM"))
+    }
+
+
 def be_reader(endpoint: str, addresses: int) -> None:
     took, stall = asyncio.run(reader(endpoint, addresses))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({"took_s": took, "stall_s": stall, "peak_rss_mb": peak}))
+    print(json.dumps({"took_s": took, "stall_s": stall, "peak_mb": memory()["peak_mb"]}))
 
 
 async def measure(args: argparse.Namespace, endpoint: str) -> dict[str, float]:
@@ -184,31 +198,196 @@ async def measure(args: argparse.Namespace, endpoint: str) -> dict[str, float]:
         "change_p50_ms": round(lag[len(lag) // 2], 2),
         "change_p99_ms": round(lag[len(lag) * 99 // 100], 2),
         "changes_seen": len(lag),
-        "peak_rss_mb": max(run["peak_rss_mb"] for run in runs),
+        "reader_peak_mb": max(run["peak_mb"] for run in runs),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--addresses", type=int, default=100_000)
-    parser.add_argument("--identities", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--reader", metavar="ENDPOINT", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.reader:
-        be_reader(args.reader, args.addresses)
-        return
-    with tempfile.TemporaryDirectory() as directory:
+class Machine:
+    """A meshwalld on the veth of this namespace."""
+
+    def __init__(self, base: Path, endpoint: str) -> None:
+        self.base = base
+        for name in ("bpf", "run", "state", "policies.d"):
+            (base / name).mkdir()
+        rule = {"fromEndpoints": [{"matchLabels": {"app": f"app-{FIRST}"}}]}
+        policy = {
+            "apiVersion": "cilium.io/v2", "kind": "CiliumClusterwideNetworkPolicy", "metadata": {"name": "bench"},
+            "spec": {"nodeSelector": {}, "ingress": [rule]},
+        }  # fmt: skip
+        (base / "policies.d/bench.yaml").write_text(json.dumps(policy))
+        settings = {
+            "node_name": "bench", "cluster_name": "east", "cluster_id": 1, "publish": False, "devices": ["net0"],
+            "etcd": {"endpoints": [endpoint]}, "pins": str(base / "bpf"), "run_dir": str(base / "run"),
+            "state_dir": str(base / "state"), "policy_dir": str(base / "policies.d"),
+        }  # fmt: skip
+        (base / "meshwall.yaml").write_text(json.dumps(settings))
+
+    def start(self) -> tuple[subprocess.Popen[bytes], float]:
+        """The daemon, and the seconds until the first generation is in the kernel, with all that is known."""
+        path = self.base / "log"
+        path.unlink(missing_ok=True)
+        began = time.perf_counter()
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "daemon.main", "--config", str(self.base / "meshwall.yaml")],
+                cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+        while b"generation 1:" not in path.read_bytes():
+            if process.poll() is not None or time.perf_counter() > began + 180:
+                process.kill()
+                sys.exit(path.read_text())
+            time.sleep(0.02)
+        return process, time.perf_counter() - began
+
+    def status(self) -> dict[str, Any]:
+        command = [sys.executable, "-m", "daemon.cli.main", "status", "-o", "json", "--socket"]
+        done = subprocess.run(
+            [*command, str(self.base / "run/meshwall.sock")], cwd=ROOT, capture_output=True, check=False
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def cleanup(self) -> None:
+        command = [sys.executable, "-m", "daemon.cli.main", "cleanup", "--pins", str(self.base / "bpf")]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+def enforced(base: Path, endpoint: str, addresses: int, stop_etcd: Callable[[], None]) -> dict[str, float]:
+    """The whole daemon, from the etcd and then from disk."""
+    machine = Machine(base, endpoint)
+    process, took = machine.start()
+    time.sleep(1)
+    found = machine.status()
+    assert found["addresses"]["total"] >= addresses, found["addresses"]
+    figures = {
+        "enforced_s": round(took, 2),
+        **{f"daemon_{name}": size for name, size in memory(process.pid).items()},
+    }
+    figures["daemon_worst_stall_ms"] = round(found["event_loop"]["worst_s"] * 1000)
+    kept = base / "state/mesh/_shared"
+    for _ in range(600):
+        if kept.exists():
+            break
+        time.sleep(0.1)
+    figures["kept_mb"] = kept.stat().st_size // 1_000_000
+    process.kill()
+    process.wait()
+    stop_etcd()
+    machine.cleanup()
+    process, took = machine.start()
+    time.sleep(1)
+    found = machine.status()
+    assert found["addresses"]["total"] >= addresses, found["addresses"]
+    figures["from_disk_s"] = round(took, 2)
+    figures["from_disk_worst_stall_ms"] = round(found["event_loop"]["worst_s"] * 1000)
+    process.kill()
+    process.wait()
+    machine.cleanup()
+    return figures
+
+
+async def idle(endpoint: str, clusters: int = 50, hosts: int = 200, seconds: float = 60) -> dict[str, float]:
+    """CPU share of a reader of many clusters while their hosts do what they always do."""
+    writer = EtcdKV(EtcdSettings((endpoint,)))
+    keys = []
+    for number in range(2, clusters + 2):
+        name = f"c{number}"
+        await writer.put(
+            wire.config_key(name), wire.encode_config(wire.ClusterConfig(number, max_clusters=255))
+        )
+        for host in range(hosts):
+            address = wire.ip_text(4, (10 << 24) + (number << 16) + host + 1)
+            node = wire.Node(f"n{host}", name, (wire.NodeAddress("InternalIP", address),), cluster_id=number)
+            keys.append((wire.node_key(name, node.name), wire.encode_node(node)))
+            entry = wire.IpEntry(address, host_ip=address, identity=1)
+            await writer.put(wire.ip_key(address), wire.encode_ip(entry))
+    for pair in keys:
+        await writer.put(*pair)
+    command = [sys.executable, "-P", __file__, "--idler", endpoint, "--addresses", str(len(keys))]
+    process = subprocess.Popen(command)  # noqa: ASYNC220 - nothing else runs yet
+    await asyncio.sleep(15)
+    before, began = cpu_s(process.pid), time.perf_counter()
+    for number in range(int(seconds * len(keys) / 300)):
+        await writer.put(*keys[number * 37 % len(keys)])
+        await asyncio.sleep(max(0.0, began + number * 300 / len(keys) - time.perf_counter()))
+    share = (cpu_s(process.pid) - before) / (time.perf_counter() - began)
+    process.kill()
+    process.wait()
+    await writer.close()
+    return {
+        "idle_clusters": clusters,
+        "idle_hosts": len(keys),
+        "idle_percent_of_a_core": round(share * 100, 2),
+    }
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def be_idle(endpoint: str) -> None:
+    await MeshSource(Tables(), EtcdKV(EtcdSettings((endpoint,))), cluster_name="east", cluster_id=1).run()
+
+
+def inside(args: argparse.Namespace) -> dict[str, float]:
+    """All figures; in a namespace with a device net0."""
+    with tempfile.TemporaryDirectory(prefix="mwbench-") as directory:
         process, endpoint = start_etcd(str(Path(directory) / "etcd"))
+        (Path(directory) / "daemon").mkdir()
         try:
+            if args.idle:
+                return asyncio.run(idle(endpoint))
             found = asyncio.run(measure(args, endpoint))
+            return found | enforced(Path(directory) / "daemon", endpoint, args.addresses, process.kill)
         finally:
             process.kill()
             process.wait()
-    print(
-        json.dumps(found) if args.json else "\n".join(f"{name:20} {value}" for name, value in found.items())
-    )
+            subprocess.run(["umount", Path(directory) / "daemon/bpf"], check=False, stderr=subprocess.DEVNULL)
+
+
+def in_namespace(argv: Sequence[str]) -> int:
+    """Run this program again, with the same arguments, where it may attach things."""
+    name = f"mwbenchmesh{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        for words in (
+            "link add net0 type veth peer name far0", "link set lo up", "link set net0 up", "link set far0 up",
+            "addr add 192.0.2.1/24 dev net0",
+        ):  # fmt: skip
+            subprocess.run(["ip", "-n", name, *words.split()], check=True)
+        command = ["nsenter", f"--net=/run/netns/{name}", sys.executable, "-P", __file__, "--inside", *argv]
+        return subprocess.run(command, check=False).returncode
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--addresses", type=int, default=100_000)
+    parser.add_argument("--identities", type=int, default=10_000)
+    parser.add_argument("--idle", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--reader", metavar="ENDPOINT", help=argparse.SUPPRESS)
+    parser.add_argument("--idler", metavar="ENDPOINT", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.reader:
+        be_reader(args.reader, args.addresses)
+    elif args.idler:
+        asyncio.run(be_idle(args.idler))
+    elif args.inside:
+        found = inside(args)
+        text = (
+            json.dumps(found)
+            if args.json
+            else "\n".join(f"{name:25} {value}" for name, value in found.items())
+        )
+        print(text)
+    else:
+        return in_namespace(sys.argv[1:])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
