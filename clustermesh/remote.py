@@ -238,7 +238,7 @@ class _Book:
 
     def __init__(self) -> None:
         self.owner: dict[str, Remote] = {}  # not of addresses
-        self.claims: dict[Cidr, Claims] = {}  # of addresses
+        self.claims: dict[int, Claims] = {}  # of addresses, by `_packed` range: there are very many
         self.waiting: dict[str, bytes] = {}
         self.for_host: dict[str, bytes] = {}  # those that wait for a node
         self.gone: dict[str, Remote] = {}
@@ -247,8 +247,7 @@ class _Book:
 class Mesh:
     """All clusters of one store. Iterators that are returned do their work while consumed, chunk by chunk.
 
-    cidr: what an address range is made into before it is kept and told, so that whoever listens can keep the
-    same object. ids: id -> cluster of all stores together, shared by their meshes. elsewhere: clusters that
+    ids: id -> cluster of all stores together, shared by their meshes. elsewhere: clusters that
     have a store of their own; what this one says of them is not read.
     """
 
@@ -257,7 +256,6 @@ class Mesh:
         trust: Trust,
         parts: Sequence[Part] = SHARED_STORE,
         *,
-        cidr: Callable[[Cidr], Cidr] = lambda one: one,
         ids: dict[int, str] | None = None,
         elsewhere: Set[str] = frozenset(),
     ) -> None:
@@ -267,7 +265,7 @@ class Mesh:
         self.strays: Counter[str] = Counter()  # refused, and nobody's
         self.relist = False  # set when only a new listing can tell what is true
         self.elsewhere = elsewhere
-        self._cidr = cidr
+        self._numbers: dict[int, int] = {}  # one object for each identity that addresses have
         self._ids = {} if ids is None else ids
         self._books = {part: _Book() for part in parts}
         self._by_id: dict[int, Remote] = {}
@@ -355,8 +353,7 @@ class Mesh:
             return
         self.trust = trust
         for part, book in self._books.items():
-            cidrs = list(book.claims)
-            yield from self._chunked(cidrs, partial(self._recheck, part))
+            yield from self._chunked(list(book.claims), partial(self._recheck, part))
         yield from self._statuses()
 
     def counts(self, remote: Remote) -> dict[str, int]:
@@ -405,12 +402,12 @@ class Mesh:
                 for start in range(0, len(numbers), CHUNK):
                     yield ["identities", remote.name, numbers[start : start + CHUNK]]
         for cached, book in self._address_books().items():
-            cidrs = list(book.claims)
-            for start in range(0, len(cidrs), CHUNK):
+            ranges = list(book.claims)
+            for start in range(0, len(ranges), CHUNK):
                 rows = [
-                    [claim.remote.name, *cidr, claim.long, *claim[2:]]
-                    for cidr in cidrs[start : start + CHUNK]
-                    for claim in _each(book.claims.get(cidr))
+                    [claim.remote.name, *_unpacked(packed), claim.long, *claim[2:]]
+                    for packed in ranges[start : start + CHUNK]
+                    for claim in _each(book.claims.get(packed))
                 ]
                 yield ["addresses", cached, rows]
 
@@ -477,9 +474,16 @@ class Mesh:
         except Malformed as error:
             remote.refuse(cidr_text(cidr), error)
             return ()
-        claim = Claim(remote, long, number, name, sys.intern(namespace), sys.intern(node))
+        claim = Claim(
+            remote,
+            long,
+            self._numbers.setdefault(number, number),
+            name,
+            sys.intern(namespace),
+            sys.intern(node),
+        )
         remote.addresses += 1
-        return self._claim(part, remote, self._cidr(cidr), long, claim)
+        return self._claim(part, remote, cidr, long, claim)
 
     def _part(self, kind: Kind, cluster: str) -> Part | None:
         """The part in which a cluster's entries of a kind stand, if it is one of ours."""
@@ -606,7 +610,7 @@ class Mesh:
         if rest != _address_text(cidr, long="/" in rest):
             return None  # another spelling is another key
         long = _is_long(rest, cidr)
-        for claim in _each(self._books[part].claims.get(cidr)):
+        for claim in _each(self._books[part].claims.get(_packed(cidr))):
             if claim.long == long and named in {"", claim.remote.name}:
                 return cidr, claim
         return None
@@ -720,8 +724,9 @@ class Mesh:
         cidr, identity = self.trust.address(remote.name, config.id, entry)
         changes = [*self._own(part, key, remote, remote.addresses, self.trust.quotas.addresses)]
         long = _is_long(rest, cidr)
+        identity = self._numbers.setdefault(identity, identity)
         claim = Claim(remote, long, identity, entry.pod, sys.intern(entry.namespace), entry.host_ip)
-        changes += self._claim(part, remote, self._cidr(cidr), long, claim)
+        changes += self._claim(part, remote, cidr, long, claim)
         return changes
 
     def _check_ours(self, remote: Remote, entry: IpEntry) -> None:
@@ -749,16 +754,16 @@ class Mesh:
         """Set or remove what one key says of an address; a change only if what counts changes."""
         old = self._in_force(remote, cidr)
         if part is not None:
-            book = self._books[part].claims
-            before = book.get(cidr)
+            book, packed = self._books[part].claims, _packed(cidr)
+            before = book.get(packed)
             if isinstance(before, tuple) and not isinstance(before, Claim):
                 kept = [one for one in before if one.remote is not remote or one.long != long]
                 kept += [claim] if claim is not None else []
-                _put_claims(book, cidr, kept)
+                _put_claims(book, packed, kept)
             elif before is None or (before.remote is remote and before.long == long):
-                _put_claims(book, cidr, [claim] if claim is not None else [])
+                _put_claims(book, packed, [claim] if claim is not None else [])
             elif claim is not None:
-                book[cidr] = (before, claim)
+                book[packed] = (before, claim)
         return self._told(remote, cidr, old)
 
     def _told(self, remote: Remote, cidr: Cidr, old: Claim | None) -> list[Change]:
@@ -778,7 +783,7 @@ class Mesh:
         found: Claim | None = None
         for part, book in self._books.items():
             if part.kind is Kind.IP and part.cached == remote.cached:
-                for one in _each(book.claims.get(cidr)):
+                for one in _each(book.claims.get(_packed(cidr))):
                     if one.remote is remote and (found is None or found.long):
                         found = one
         nodes = remote.node_claims.get(cidr)
@@ -839,7 +844,7 @@ class Mesh:
             text = wire.ip_text(cidr[0], cidr[1])
             self._new_hosts |= self._node_owner.get(text) is not remote
             self._node_owner[text] = remote
-            remote.node_claims.setdefault(self._cidr(cidr), {})[some.name] = identity
+            remote.node_claims.setdefault(cidr, {})[some.name] = identity
             changes += self._told(remote, cidr, counted)
         return changes
 
@@ -894,10 +899,11 @@ class Mesh:
         """Who remembers a refusal of this key."""
         return next((one for one in self.remotes.values() if key in one.refusals), None)
 
-    def _recheck(self, part: Part, cidr: Cidr) -> Iterable[Change]:
+    def _recheck(self, part: Part, packed: int) -> Iterable[Change]:
         """Take back what is no longer allowed to be said of a range."""
         changes: list[Change] = []
-        for claim in _each(self._books[part].claims.get(cidr)):
+        cidr = _unpacked(packed)
+        for claim in _each(self._books[part].claims.get(packed)):
             try:
                 self.trust.check_prefix(claim.remote.name, cidr)
             except Malformed as error:
@@ -926,11 +932,11 @@ class Mesh:
         changes = self._node_addresses(remote, remote.nodes.pop(name, None), None)
         return [*changes, NodeDeleted(remote.name, name)]
 
-    def _ip_left(self, part: Part, remote: Remote, cidr: Cidr) -> Iterable[Change]:
+    def _ip_left(self, part: Part, remote: Remote, packed: int) -> Iterable[Change]:
         changes: list[Change] = []
-        for claim in _each(self._books[part].claims.get(cidr)):
+        for claim in _each(self._books[part].claims.get(packed)):
             if claim.remote is remote:
-                changes += self._claim(part, remote, cidr, claim.long, None)
+                changes += self._claim(part, remote, _unpacked(packed), claim.long, None)
         return changes
 
     def _mass(self, part: Part, events: Sequence[Event]) -> dict[str, Remote]:
@@ -1008,11 +1014,21 @@ def _each(claims: Claims | None) -> tuple[Claim, ...]:
     return (claims,) if isinstance(claims, Claim) else claims
 
 
-def _put_claims(book: dict[Cidr, Claims], cidr: Cidr, claims: Sequence[Claim]) -> None:
+def _packed(cidr: Cidr) -> int:
+    """A range as one number: half the memory of a tuple."""
+    family, number, length = cidr
+    return number << 9 | length << 1 | (family == 6)
+
+
+def _unpacked(packed: int) -> Cidr:
+    return (6 if packed & 1 else 4), packed >> 9, packed >> 1 & 255
+
+
+def _put_claims(book: dict[int, Claims], packed: int, claims: Sequence[Claim]) -> None:
     if not claims:
-        book.pop(cidr, None)
+        book.pop(packed, None)
     else:
-        book[cidr] = claims[0] if len(claims) == 1 else tuple(claims)
+        book[packed] = claims[0] if len(claims) == 1 else tuple(claims)
 
 
 def _cut(part: Part, rest: str) -> tuple[str, str]:
@@ -1036,9 +1052,7 @@ def _address_text(cidr: Cidr, *, long: bool) -> str:
 class Relisting:
     """A listing under way, page by page. One that is never ended deletes nothing."""
 
-    def __init__(
-        self, mesh: Mesh, part: Part, missing: dict[str, Remote], claims: dict[Cidr, Claims]
-    ) -> None:
+    def __init__(self, mesh: Mesh, part: Part, missing: dict[str, Remote], claims: dict[int, Claims]) -> None:
         self._mesh = mesh
         self._part = part
         self._missing = missing  # keys of former listings that this one has not shown yet
@@ -1061,19 +1075,20 @@ class Relisting:
             cidr = wire.parse_cidr(rest)
         except Malformed:
             return
-        before = self._claims.get(cidr)
+        before = self._claims.get(_packed(cidr))
         if before is None or rest != _address_text(cidr, long="/" in rest):
             return
         long = _is_long(rest, cidr)
         kept = [one for one in _each(before) if one.long != long or named not in {"", one.remote.name}]
-        _put_claims(self._claims, cidr, kept)
+        _put_claims(self._claims, _packed(cidr), kept)
 
     def end(self, now: float, *, doubtful: bool = False) -> Iterator[list[Change]]:
         """That was everything. `now` is seconds of a steady clock, for what is held.
 
         doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
         """
-        for cidr, claims in self._claims.items():
+        for packed, claims in self._claims.items():
+            cidr = _unpacked(packed)
             for claim in _each(claims):
                 long = claim.long or cidr[2] != (32 if cidr[0] == 4 else 128)
                 text = _address_text(cidr, long=long)

@@ -126,7 +126,6 @@ class MeshSource:
         self.mesh = Mesh(
             self._trust,
             parts,
-            cidr=_prefix,
             ids=self._shared.ids,
             elsewhere=set() if only else self._shared.elsewhere,
         )
@@ -316,9 +315,9 @@ class MeshSource:
                     self._identity_gone(Identity(change.identity), source)
                 case IpUpserted():
                     row = IpRow(Identity(change.identity), change.name, change.namespace, change.node, source)
-                    self._tables.ips.put(IpKey(_prefix(change.cidr), source), row)
+                    self._tables.ips.put(IpKey(Prefix(*change.cidr), source), row)
                 case IpDeleted():
-                    self._tables.ips.delete(IpKey(_prefix(change.cidr), source))
+                    self._tables.ips.delete(IpKey(Prefix(*change.cidr), source))
                 case NodeUpserted():
                     self._tables.nodes.put(
                         NodeKey(change.cluster, change.node.name), _node_row(change.node, source)
@@ -448,11 +447,6 @@ class MeshSource:
 def _label(text: str) -> Label:
     """Most labels belong to many identities: one object for all of them."""
     return parse_label(text)
-
-
-def _prefix(cidr: Cidr) -> Prefix:
-    """The same range as the tables have it; the mesh keeps this object too."""
-    return cidr if isinstance(cidr, Prefix) else Prefix(*cidr)
 
 
 def _touch(path: Path) -> None:

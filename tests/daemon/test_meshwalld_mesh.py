@@ -123,3 +123,6 @@ def test_after_a_boot_without_the_store_what_was_known_is_enforced_at_once_and_t
     while machine.connects(8000):
         assert time.monotonic() < deadline, "not reconciled ten seconds after the store is back"
     assert machine.meshwall("ip", "list", "--cluster", "west").stdout.count("10.99.0.") == 1
+    assert "nothing to accept" in machine.meshwall("mesh", "accept", "west").stdout
+    refused = machine.meshwall("mesh", "accept", "nowhere")
+    assert (refused.returncode, "no cluster 'nowhere'" in refused.stderr) == (2, True)
