@@ -436,3 +436,14 @@ class Allocator:
             self._numbers[labels].discard(number)
             if not self._numbers[labels]:
                 del self._numbers[labels]
+
+
+async def users(kv: KV) -> dict[int, list[str]]:
+    """Who refers to each number, in a store that may hold several clusters: number -> nodes. Raises KVError."""
+    found: dict[int, list[str]] = {}
+    async with aclosing(kv.pages(wire.IDENTITY_REFERENCES)) as pages:
+        async for page in pages:
+            for one in page.entries:
+                if one.value.isdigit():
+                    found.setdefault(int(one.value), []).append(one.key.rpartition("/")[2])
+    return found

@@ -188,6 +188,7 @@ class Daemon:
             Arrival(self.tables), stores=etcd_settings(config.etcd).hosts if config.etcd else ()
         )
         self._mesh = self._mesh_source("etcd" if config.etcd else "embedded store (no etcd)", self._kv)
+        self._publisher = self._mesh_publisher()
         self._remotes = self._mesh_files(config.clusters_dir) if config.clusters_dir else None
         self._files = PolicyFiles(
             self.tables,
@@ -284,12 +285,24 @@ class Daemon:
                 max_clusters=most,
             )
             yield "identities file", file.run
-        if config.etcd is None or (config.publish and config.cluster_id):
-            yield from self._publish_work()
+        if self._publisher is not None:
+            workloads = WorkloadFiles(
+                self.tables,
+                self._publisher.publisher,
+                config.workloads_dir,
+                config.state_dir,
+                cluster=config.cluster_name,
+                owner_check=config.policy_owner_check,
+            )
+            self._publisher.on_numbers(workloads.numbers_changed)
+            yield "workload files", workloads.run
+            yield "mesh publish", self._publisher.run
 
-    def _publish_work(self) -> Iterator[tuple[str, Work]]:
-        """Workloads, and with a store this host and its cluster."""
+    def _mesh_publisher(self) -> MeshPublisher | None:
+        """The writer of the store: workloads, and in a shared one also this host and its cluster."""
         config = self.config
+        if config.etcd is not None and not (config.publish and config.cluster_id):
+            return None
         member = Member(
             config.cluster_name,
             config.cluster_id,
@@ -297,7 +310,7 @@ class Daemon:
             config.max_connected_clusters,
             announce=config.etcd is not None,
         )
-        publisher = MeshPublisher(
+        return MeshPublisher(
             self.tables,
             self._kv,
             member,
@@ -305,17 +318,6 @@ class Daemon:
             boot_id=_boot_id(),
             expect=(WORKLOADS,),
         )
-        workloads = WorkloadFiles(
-            self.tables,
-            publisher.publisher,
-            config.workloads_dir,
-            config.state_dir,
-            cluster=config.cluster_name,
-            owner_check=config.policy_owner_check,
-        )
-        publisher.on_numbers(workloads.numbers_changed)
-        yield "workload files", workloads.run
-        yield "mesh publish", publisher.run
 
     def _mesh_source(self, name: str, kv: KV, only: str = "") -> MeshSource:
         """The source of a store: the shared one, or that of one cluster."""
@@ -365,7 +367,8 @@ class Daemon:
             mode=config.enforcement,
         )
         yield from status.routes(glance)
-        yield from resources.routes(self.tables, config.pins, self._files.accept_empty)
+        users = self._publisher.users if self._publisher else None
+        yield from resources.routes(self.tables, config.pins, self._files.accept_empty, users)
         yield from audit.routes(self.tables, self._audit.set)
         yield from mesh.routes(self.tables, self._accept_deletions)
         yield from report.routes(self.tables, self._usage)

@@ -2,7 +2,7 @@
 
 import asyncio
 import heapq
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,9 @@ def routes(
     tables: Tables,
     pins: Path,
     accept_empty: Callable[[], Awaitable[bool]],
+    users: Callable[[], Awaitable[Mapping[int, Sequence[str]]]] | None = None,
 ) -> list[web.RouteDef]:
-    """The handlers."""
+    """The handlers. users: the nodes that refer to each allocated identity; raises OSError."""
 
     async def policies(_: web.Request) -> web.StreamResponse:
         return web.json_response(policies_json(tables, audited(tables)))
@@ -45,6 +46,8 @@ def routes(
     async def identities(request: web.Request) -> web.StreamResponse:
         wanted = filter_of(request)
         rows = identity_rows(tables, request.query.get("label", ""), wanted)
+        if "nodes" in request.query:
+            rows = with_nodes(rows, await _asked(users))
         return await stream_rows(request, {}, "identities", rows)
 
     async def identity(request: web.Request) -> web.StreamResponse:
@@ -202,6 +205,24 @@ def identity_rows(tables: Tables, label: str = "", wanted: Filter = Filter()) ->
             continue
         if not wanted.selector.requirements or wanted.by_labels(parse_labels(row["labels"])):
             yield row
+
+
+def with_nodes(rows: Iterable[Json], users: Mapping[int, Sequence[str]]) -> Iterator[Json]:
+    """Allocated identities only: those that nodes refer to, with the names of the nodes."""
+    for row in rows:
+        if nodes := users.get(row["id"]):
+            yield row | {"nodes": sorted(nodes)}
+
+
+async def _asked(
+    users: Callable[[], Awaitable[Mapping[int, Sequence[str]]]] | None,
+) -> Mapping[int, Sequence[str]]:
+    if users is None:
+        raise ApiError(400, "this host allocates no identities: that needs cluster_id and publish")
+    try:
+        return await users()
+    except OSError as error:
+        raise ApiError(503, f"the store does not say who uses which identity: {error}") from None
 
 
 def _identity(tables: Tables, number: Identity) -> Json | None:

@@ -23,10 +23,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     many.add_argument(
         "-l", "--selector", default="", metavar="SELECTOR", help="such as app=web,tier!=db,!canary"
     )
+    many.add_argument(
+        "--nodes", action="store_const", const="true", default="", help="allocated ones, and who uses them"
+    )
     origin_options(many)
     output_option(many)
     many.set_defaults(
-        run=listing("/v1/identities", _lines, filters("label", "selector", "cluster", "source"))
+        run=listing("/v1/identities", _lines, filters("label", "selector", "cluster", "source", "nodes"))
     )
     single = verbs.add_parser("get", help="one, with its addresses")
     single.add_argument("identity", metavar="NUMBER|NAME")
@@ -35,8 +38,18 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _lines(found: Json) -> Sequence[str]:
-    rows: list[Sequence[object]] = [("IDENTITY", "SOURCE", "LABELS")]
-    rows += [(one["id"], one["source"], ", ".join(one["labels"])) for one in found["identities"]]
+    some = found["identities"]
+    nodes = any("nodes" in one for one in some)
+    rows: list[Sequence[object]] = [("IDENTITY", "SOURCE", *(["NODES"] if nodes else []), "LABELS")]
+    rows += [
+        (
+            one["id"],
+            one["source"],
+            *([", ".join(one["nodes"])] if nodes else []),
+            ", ".join(one["labels"]),
+        )
+        for one in some
+    ]
     return table(rows)
 
 

@@ -67,7 +67,8 @@ def mesh_lines(found: Json) -> list[str]:
         for one in clusters
     ]
     lines += ["", *table(rows)]
-    for one in ([store] if store else []) + clusters:
+    own = [{**publish, "name": "this host"}] if publish else []
+    for one in ([store] if store else []) + own + clusters:
         lines += _remarks(printable(one.get("name", "store")), one)
     return lines
 

@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from clustermesh.kv import KV
+from clustermesh.allocator import users
+from clustermesh.kv import KV, KVError
 from clustermesh.publish import Host, Member, Publisher, publishable
 from daemon.model.net import ip_text
 from daemon.sources.safefiles import UnsafeError, opened_directory, read_file, write_file
@@ -40,6 +41,7 @@ class MeshPublisher:
         expect: Sequence[str] = (),
     ) -> None:
         self._tables = tables
+        self._kv = kv
         self._path = state_dir / "published.json"
         self._boot_id = boot_id
         self._announce = member.announce
@@ -53,6 +55,13 @@ class MeshPublisher:
             expect=[*expect, *((HOST,) if member.announce else ())],
             on_change=self._changed,
         )
+
+    async def users(self) -> dict[int, list[str]]:
+        """Which nodes refer to each identity, as the store has it now. Raises OSError."""
+        try:
+            return await users(self._kv)
+        except KVError as error:
+            raise OSError(str(error)) from error
 
     def on_numbers(self, callback: Callable[[], None]) -> None:
         """Have `callback` called whenever a label set may have got another number."""

@@ -10,6 +10,7 @@ import pytest
 from clustermesh import wire
 from clustermesh.kv import MemoryKV
 from clustermesh.publish import Member
+from daemon.api.resources import with_nodes
 from daemon.model.identity import Identity
 from daemon.model.labels import format_labels
 from daemon.model.net import parse_prefix
@@ -197,3 +198,20 @@ async def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
         (site.directory / "web.yaml").chmod(0o666)
         await eventually(lambda: "may be written by group or others" in site.status)
         assert len(site.addresses) == 3
+
+
+async def test_who_uses_an_identity_is_what_the_store_says(tmp_path: Path) -> None:
+    store = MemoryKV()
+    async with running(Site(tmp_path, store)) as site:
+        site.write("web.yaml", WEB)
+        await eventually(lambda: site.publisher.publisher.ok and len(site.addresses) == 3)
+        number = site.addresses["10.1.0.5/32"]
+        await store.put(wire.identity_value_key(LABELS, "a2"), str(number).encode())
+        assert await site.publisher.users() == {number: ["a1", "a2"]}
+        rows = [{"id": 1, "source": "local"}, {"id": number, "source": "local"}]
+        assert list(with_nodes(rows, await site.publisher.users())) == [
+            {"id": number, "source": "local", "nodes": ["a1", "a2"]}
+        ]
+        store.cut("gone")
+        with pytest.raises(OSError, match="gone"):
+            await site.publisher.users()
