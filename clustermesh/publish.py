@@ -178,8 +178,7 @@ class Publisher:
     ) -> None:
         """From now on a group of keys is exactly this; a key belongs to one group."""
         self._groups[group] = (dict(keys or {}), tuple(addresses))
-        if self._expected <= self._groups.keys():
-            self.allocator.want(one.labels for _, addresses in self._groups.values() for one in addresses)
+        self.allocator.want(one.labels for _, addresses in self._groups.values() for one in addresses)
         self._changed.set()
 
     def _desired(self) -> tuple[dict[str, bytes], set[str]]:
@@ -258,7 +257,6 @@ class Publisher:
         self.waiting = len(missing | pending)
         if not self.waiting and self.allocator.settled:
             await self._announce()
-            await self._keep_in_mind(desired)
             self._kv.limit()
         self._tell_state()
 

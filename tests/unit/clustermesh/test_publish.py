@@ -143,6 +143,38 @@ async def test_everything_is_back_after_a_lost_lease_an_empty_store_and_a_vandal
         await eventually(whole)
 
 
+async def test_an_empty_store_is_filled_at_once_and_not_at_the_next_look() -> None:
+    store = MemoryKV()
+    publisher = make(store, Disk())
+    publisher._recheck_s = publisher.allocator._reassert_s = 60
+    publisher.publish(HOST)
+    publisher.want("workloads", addresses=WORKLOADS)
+    async with running(publisher):
+        await eventually(lambda: publisher.ok)
+        store.cut()
+        await eventually(lambda: not publisher.ok)
+        store._entries.clear()
+        store.heal()
+        await eventually(lambda: publisher.ok and ip(store, "10.1.0.5") is not None)
+
+
+async def test_nothing_is_deleted_while_a_restart_or_an_outage_makes_numbers_uncertain() -> None:
+    store, disk = MemoryKV(), Disk()
+    for _ in range(2):
+        publisher = make(store, disk)
+        publisher.publish(HOST)
+        async with running(publisher):
+            await asyncio.sleep(0.01)
+            publisher.want("workloads", addresses=WORKLOADS)
+            await eventually(lambda: publisher.ok)  # noqa: B023
+            store.cut()
+            await eventually(lambda: not publisher.ok)  # noqa: B023
+            store.heal()
+            await eventually(lambda: publisher.ok)  # noqa: B023
+    deleted = [one.key for one in store._events if one.value is None]
+    assert not [key for key in deleted if not key.startswith(wire.IDENTITY_LOCKS)]
+
+
 async def test_what_an_earlier_run_left_and_nobody_wants_is_removed_and_numbers_stay() -> None:
     store, disk = MemoryKV(), Disk()
     first = make(store, disk)
@@ -152,6 +184,7 @@ async def test_what_an_earlier_run_left_and_nobody_wants_is_removed_and_numbers_
     async with running(first):
         await eventually(lambda: first.ok)
         numbers = first.allocator.numbers
+        assert disk.keys[wire.identity_value_key(WEB, "a1")] == str(numbers[WEB])
     theirs = wire.encode_ip(wire.ip_entry("10.1.0.6", FIRST + 77, "10.0.0.9"))
     second = make(store, disk)
     second.publish(replace(HOST, addresses=publishable(["10.0.0.1"])))
