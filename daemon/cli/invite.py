@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clustermesh.settings import EtcdSettings
 
 PASSWORD = "MESHWALL_ETCD__PASSWORD"  # noqa: S105 - the name of a variable
-DIRECTORY = Path("/etc/meshwall/clusters.d")
+DIRECTORY = Path("/etc/meshwall/clustermesh")
 
 _INVITE = """\
 prints the users and roles that a cluster needs in the etcd that holds it, as etcdctl commands:
