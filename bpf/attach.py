@@ -85,6 +85,17 @@ def home(pins: Path) -> Path:
     return pins / f"v{LAYOUT_VERSION}"
 
 
+def homes(pins: Path) -> dict[int, Path]:
+    """The directories of all layout versions that are there, by version."""
+    found = pins.iterdir() if pins.is_dir() else ()
+    return {int(one.name[1:]): one for one in found if one.name[:1] == "v" and one.name[1:].isdigit()}
+
+
+def older(pins: Path) -> list[Path]:
+    """Directories of earlier layouts, newest first: what a release before this one has left, and may still enforce."""
+    return [one for version, one in sorted(homes(pins).items(), reverse=True) if version < LAYOUT_VERSION]
+
+
 def _link_path(pins: Path, ifindex: int, hook: Hook) -> Path:
     return home(pins) / "links" / f"{ifindex}-{hook.name}"
 
@@ -128,11 +139,62 @@ def _put(pins: Path, ifindex: int, hook: Hook, flags: int = 0) -> None:
                 link_update(link, program)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        if _inherit(pins, path, ifindex, program):
+            return
         link = link_create(program, ifindex, hook.attach_type, flags)
         try:
             obj_pin(link, path)
         finally:
             os.close(link)
+
+
+def _inherit(pins: Path, path: Path, ifindex: int, program: int) -> bool:
+    """Take over the link of an earlier layout: one atomic update puts the new program in the old one's place."""
+    for one in older(pins):
+        before = one / "links" / path.name
+        if not _alive(before, ifindex):
+            continue
+        with _opened(before) as link:
+            link_update(link, program)
+            obj_pin(link, path)
+        before.unlink()
+        return True
+    return False
+
+
+def remove_older(pins: Path) -> list[str]:
+    """What earlier layouts have left, once this one enforces. Returns what was removed, for people."""
+    done = []
+    for one in older(pins):
+        links = one / "links"
+        for path in [*links.iterdir()] if links.is_dir() else []:
+            if (home(pins) / "links" / path.name).exists():  # it is ours now; this is a second name of it
+                path.unlink()
+        done += dismantle(one)
+    return done
+
+
+def dismantle(one: Path) -> list[str]:
+    """Detach all that the links of a layout's directory hold, and remove the directory."""
+    done = []
+    links = one / "links"
+    for path in sorted(links.iterdir()) if links.is_dir() else ():
+        device, _, kind = path.name.partition("-")
+        if kind == "clsact":
+            with contextlib.suppress(OSError):  # the device has gone, and its filters with it
+                clsact.detach(int(device))
+            path.unlink()
+        else:
+            _remove(path)
+        done.append(f"detached {kind} from device {device}")
+    for directory in (links, one / "progs", one / "maps", one):
+        if not directory.is_dir():
+            continue
+        for path in directory.iterdir():
+            path.unlink()
+            done.append(f"removed {path}")
+        directory.rmdir()
+    return done
 
 
 def _clsact_mark(pins: Path, ifindex: int) -> Path:

@@ -155,8 +155,42 @@ def _expected(name: str) -> int:
     return AttachType.XDP if name == "xdp" else 0
 
 
+# State of packets that are under way: kept through a change of layout where its shape has not changed.
+KEPT = ("ct4", "ct6", "ct4_new", "ct6_new", "fragments", "fragments_denied")
+
+
+def refuse_newer(pins: Path) -> None:
+    """LoaderError when a later release has left its pins: this one cannot read them and must not filter beside."""
+    newer = max(attach.homes(pins), default=0)
+    if newer > layout.LAYOUT_VERSION:
+        raise LoaderError(
+            f"{pins}/v{newer} is enforced by a newer release (layout {newer}, this one has {layout.LAYOUT_VERSION}): "
+            "go back to that release, or end its enforcement with its `meshwall cleanup`"
+        )
+
+
+def inherited(pins: Path, name: str, spec: layout.Map) -> PinnedMap | None:
+    """The same table of an earlier layout, if it has the same shape."""
+    for one in attach.older(pins):
+        with contextlib.suppress(LayoutMismatch, FileNotFoundError):
+            return PinnedMap.open(one / "maps" / name, spec)
+    return None
+
+
+def inherit_panic(pins: Path, config: PinnedMap) -> None:
+    """A panic goes on through a change of layout."""
+    before = inherited(pins, "config", config.spec)
+    if before is None:
+        return
+    with before:
+        old = layout.CONFIG.unpack(before.lookup(0) or bytes(layout.CONFIG.size))
+    new = layout.CONFIG.unpack(config.lookup(0) or bytes(layout.CONFIG.size))
+    config.update(0, layout.CONFIG.pack(**new | {name: old[name] for name in ("panic_until", "panic")}))
+
+
 def open_maps(directory: Path, sizes: layout.Sizes) -> tuple[dict[str, PinnedMap], int]:
     """Adopt what is pinned, create the rest; second: the number adopted. LayoutMismatch touches nothing."""
+    pins = directory.parent.parent
     directory.mkdir(parents=True, exist_ok=True)
     wanted = layout.maps(sizes)
     opened = {
@@ -166,8 +200,14 @@ def open_maps(directory: Path, sizes: layout.Sizes) -> tuple[dict[str, PinnedMap
     }
     adopted = len(opened)
     for name, spec in wanted.items():
-        if name not in opened:
-            opened[name] = PinnedMap.create(spec, directory / name)
+        if name in opened:
+            continue
+        kept = inherited(pins, name, spec) if name in KEPT else None
+        if kept is not None:
+            obj_pin(kept.fd, directory / name)
+        opened[name] = kept or PinnedMap.create(spec, directory / name)
+        if name == "config":
+            inherit_panic(pins, opened[name])
     return opened, adopted
 
 
@@ -252,6 +292,7 @@ def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Size
     missing = [name for name in devices if name not in present]
     if missing:
         raise LoaderError(f"no network device {', '.join(missing)}; this namespace has {', '.join(present)}")
+    refuse_newer(pins)
     features = probe()
     ensure_bpffs(pins)
     home = pins / f"v{layout.LAYOUT_VERSION}"

@@ -75,6 +75,10 @@ class Devices:
         """In a worker thread, after the loader ran: devices that an earlier process attached run the new programs."""
         self._links.renew()
 
+    def take_over(self) -> None:
+        """In a worker thread, after the first policy is complete: the devices of an earlier layout get our programs."""
+        self._links.take_over()
+
     async def run(self) -> None:
         """For ever. What is wrong with a device is its row in `tables.status`."""
         wake = asyncio.Event()

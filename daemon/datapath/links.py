@@ -110,6 +110,23 @@ class Links:
                 attach.attach(self._pins, index, self._xdp)
         self._held.hold()
 
+    def take_over(self) -> None:
+        """From an earlier layout, whose programs have filtered so far: what is enforced now is complete."""
+        indexes = {
+            int(path.name.partition("-")[0])
+            for one in attach.older(self._pins)
+            if (one / "links").is_dir()
+            for path in (one / "links").iterdir()
+        }
+        for index in sorted(indexes):
+            with contextlib.suppress(OSError):  # the device may have gone
+                attach.attach(self._pins, index, self._xdp)
+        names = ", ".join(one.name for one in attach.older(self._pins))
+        removed = attach.remove_older(self._pins)
+        log.info(
+            "layout %s enforces; %s is gone (%d pins)", attach.home(self._pins).name, names, len(removed)
+        )
+
     def _one(self, device: Device) -> None:
         known = self.attached.get(device.index)
         mode = self._xdp if device.up else attach.XdpMode.OFF
@@ -161,22 +178,11 @@ class Links:
 
 
 def cleanup(pins: Path) -> list[str]:
-    """Remove all enforcement: links, programs, maps of this layout version, and the file system that held them.
+    """Remove all enforcement: links, programs, maps of every layout version, and the file system that held them.
 
     Returns what was removed, for people. OSError when something stayed.
     """
-    done = []
-    for index in attach.attached_devices(pins):
-        attach.detach(pins, index)
-        done.append(f"detached from device {index}")
-    home = attach.home(pins)
-    for directory in (home / "links", home / "progs", home / "maps", home):
-        if not directory.is_dir():
-            continue
-        for path in directory.iterdir():
-            path.unlink()
-            done.append(f"removed {path}")
-        directory.rmdir()
+    done = [text for one in attach.homes(pins).values() for text in attach.dismantle(one)]
     if _only_ours(pins):
         umount = subprocess.run(["umount", str(pins)], check=False, capture_output=True, text=True)
         if umount.returncode:

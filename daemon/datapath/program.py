@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bpf.attach import older
 from bpf.layout import ConfigFlag, Sizes
 from bpf.syscall import LayoutMismatch
 from daemon.datapath.conntrack import Conntrack, sockets
@@ -212,7 +213,8 @@ class Program:
                 log.error("data path: %s", error)  # noqa: TRY400 - one line, no traceback
                 await asyncio.sleep(RETRY_S)
             else:
-                self._devices.loaded.set()
+                if not older(self.settings.pins):
+                    self._devices.loaded.set()  # else an earlier layout enforces until the first pass is done
                 return
 
     def _adopt(self, maps: KernelMaps) -> None:
@@ -292,9 +294,17 @@ class Program:
                 await asyncio.to_thread(self._adopt, self._maps)
             return replace(work, recompile=True)
         self._refused = self._held = False
+        await self._take_over()
         self._publish(done, work)
         self._tell_unfit()
         return None
+
+    async def _take_over(self) -> None:
+        """The first pass over an earlier layout is done: its programs can go."""
+        if self._devices.loaded.is_set():
+            return
+        await asyncio.to_thread(self._devices.take_over)
+        self._devices.loaded.set()
 
     def _do(self, work: _Work) -> _Done:
         """In a worker thread: compile, plan, apply."""

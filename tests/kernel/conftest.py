@@ -46,6 +46,7 @@ class Machine:
     peer: str
     daemon: "subprocess.Popen[bytes] | None" = None
     settings: dict[str, Any] = field(default_factory=dict)
+    tree: Path = ROOT  # the release that runs
 
     device, node, other, node6, other6 = DEVICE, NODE, PEER, NODE6, PEER6
     sizes = SIZES
@@ -116,7 +117,7 @@ class Machine:
         command = [sys.executable, "-m", "daemon.main", "--config", str(self.home / "meshwall.yaml")]
         with (self.home / "log").open("a") as log:
             self.daemon = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{self.us}", *command], cwd=ROOT, stderr=log
+                ["nsenter", f"--net=/run/netns/{self.us}", *command], cwd=self.tree, stderr=log
             )
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:

@@ -1,0 +1,211 @@
+"""From one layout of the maps to the next under traffic, counted at sockets; and never back."""
+
+import contextlib
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bpf import layout
+
+pytestmark = pytest.mark.kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+OPEN, CLOSED, OUTSIDE = 7000, 7001, 7100
+POLICY = f"""
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {{name: base}}
+spec:
+  nodeSelector: {{}}
+  ingress: [{{toPorts: [{{ports: [{{port: "{OPEN}", protocol: ANY}}]}}]}}]
+"""
+ROUNDS = 5
+
+
+def release(place: Path, version: int) -> Path:
+    """This tree as a later release has it: another layout, in which a fragment's entry is of another shape."""
+    tree = place / f"release{version}"
+    for name in ("bpf", "daemon", "clustermesh"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    more = version - layout.LAYOUT_VERSION
+    edit(
+        tree / "bpf" / "layout.py", f"LAYOUT_VERSION = {layout.LAYOUT_VERSION}", f"LAYOUT_VERSION = {version}"
+    )
+    edit(tree / "bpf" / "layout.py", '("pass_", "I")))', f'("pass_", "I"), ("more", "{8 * more}s")))')
+    edit(
+        tree / "bpf" / "src" / "maps.h",
+        "__u32 rule, pass_; };",
+        f"__u32 rule, pass_; __u64 more[{more}]; }};",
+    )
+    return tree
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert text.count(before) == 1, (path, before)
+    path.write_text(text.replace(before, after))
+
+
+@dataclass
+class Traffic:
+    """What was sent and what arrived, at sockets."""
+
+    sent: int = 0
+    arrived: int = 0
+    leaked: int = 0
+    echoed: int = 0
+
+
+@contextlib.contextmanager
+def traffic(machine) -> Iterator[Traffic]:
+    """Datagrams to an open and a closed port, and a connection that we opened, answered by the peer, all the time."""
+    seen, stop = Traffic(), threading.Event()
+    with (
+        machine.bound(machine.us, machine.node, OPEN) as open_port,
+        machine.bound(machine.us, machine.node, CLOSED) as closed_port,
+        machine.bound(machine.peer, machine.other, 0) as sender,
+        machine.listener(machine.peer, machine.other, OUTSIDE) as there,
+        machine.bound(machine.us, machine.node, 0, socket.SOCK_STREAM) as ours,
+    ):
+        ours.settimeout(5)
+        ours.connect((machine.other, OUTSIDE))
+        theirs, _ = there.accept()
+
+        def send() -> None:
+            while not stop.is_set():
+                sender.sendto(b"x", (machine.node, OPEN))
+                sender.sendto(b"x", (machine.node, CLOSED))
+                seen.sent += 1
+                time.sleep(0.0005)
+
+        def echo() -> None:
+            while not stop.is_set():
+                theirs.sendall(b"answer")
+                assert ours.recv(64)
+                ours.sendall(b"question")
+                assert theirs.recv(64)
+                seen.echoed += 1
+                time.sleep(0.001)
+
+        def count() -> None:
+            quiet = 0
+            while quiet < 5:
+                quiet = quiet + 1 if stop.is_set() else 0
+                with contextlib.suppress(TimeoutError):
+                    while open_port.recv(16):
+                        seen.arrived += 1
+
+        open_port.settimeout(0.05)
+        closed_port.settimeout(0.05)
+        threads = [threading.Thread(target=one) for one in (send, echo, count)]
+        for one in threads:
+            one.start()
+        try:
+            yield seen
+        finally:
+            stop.set()
+            for one in threads:
+                one.join(10)
+            theirs.close()
+            seen.leaked = len(machine.received(closed_port))
+
+
+@pytest.fixture
+def node(machine, tmp_path):
+    """Enforcing, with nothing of other layouts."""
+    machine.stop()
+    machine.meshwall("cleanup", "--yes", "--pins", str(machine.home / "bpf"))
+    machine.tree = ROOT
+    machine.enforce(POLICY)
+    machine.until(lambda: machine.connects(CLOSED) is False)
+    yield machine
+    machine.stop()
+    machine.tree = ROOT
+    machine.settings.pop("map_sizes", None)
+
+
+def versions(machine) -> list[str]:
+    return sorted(one.name for one in (machine.home / "bpf").iterdir() if one.name.startswith("v"))
+
+
+def upgraded(machine, version: int) -> bool:
+    return versions(machine) == [f"v{version}"] and machine.status().get("enforcement", {}).get("ok") is True
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_upgrades_under_traffic_leak_nothing_and_cut_nothing(node, tmp_path, rounds):
+    first = layout.LAYOUT_VERSION
+    with traffic(node) as seen:
+        for version in range(first + 1, first + 1 + rounds):
+            node.stop(signal.SIGTERM)
+            node.tree = release(tmp_path, version)
+            if (
+                version % 2
+            ):  # tables of another size cannot be kept: connections are found again by their sockets
+                sizes = node.sizes | {"conntrack": 4096 + version}
+                node.start(map_sizes=sizes)
+            else:
+                node.start()
+            node.until(lambda: upgraded(node, version), 40)  # noqa: B023 - called at once
+    assert seen.sent > 1_000
+    assert seen.echoed > 100
+    assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
+
+
+def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_next_start(node, tmp_path):
+    chance = random.Random(4)  # noqa: S311 - the same in every run
+    node.stop(signal.SIGTERM)
+    version = layout.LAYOUT_VERSION + 1
+    node.tree = release(tmp_path, version)
+    with traffic(node) as seen:
+        for _ in range(4):
+            node.start()
+            time.sleep(chance.uniform(0.3, 4))
+            node.stop(signal.SIGKILL)
+        node.start()
+        node.until(lambda: upgraded(node, version), 40)
+    assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
+    assert seen.echoed > 100
+
+
+def test_a_release_that_is_too_old_touches_nothing_and_says_what_to_do(node, tmp_path):
+    node.stop(signal.SIGTERM)
+    version = layout.LAYOUT_VERSION + 1
+    node.tree = release(tmp_path, version)
+    node.start()
+    node.until(lambda: upgraded(node, version), 40)
+    node.stop(signal.SIGTERM)
+    before = pinned(node)
+    node.tree = ROOT
+    with traffic(node) as seen:
+        node.start()
+        node.until(lambda: "newer release" in str(node.status()["parts"].get("datapath")), 20)
+        time.sleep(0.5)
+    assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
+    assert pinned(node) == before
+    assert f"layout {version}" in node.log()
+
+
+def pinned(machine) -> list[str]:
+    return sorted(str(one) for one in (machine.home / "bpf").rglob("*"))
+
+
+def test_cleanup_removes_what_every_layout_has_left(node, tmp_path):
+    node.stop(signal.SIGKILL)
+    node.tree = release(tmp_path, layout.LAYOUT_VERSION + 1)
+    node.start()
+    node.until(lambda: len(versions(node)) == 2, 20)
+    node.stop(signal.SIGKILL)
+    done = node.meshwall("cleanup", "--yes", "--pins", str(node.home / "bpf"))
+    assert done.returncode == 0, done.stderr
+    assert not (node.home / "bpf").exists() or not any((node.home / "bpf").iterdir())
+    with node.listener(node.us, node.node, CLOSED):
+        assert node.connects(CLOSED)
