@@ -9,6 +9,7 @@ moves to the hash is there a grace period before its block goes. The hash is ask
 entry says so.
 """
 
+import contextlib
 import mmap
 import struct
 import sys
@@ -173,8 +174,7 @@ class Ip4:
         self._wide = _Wide()
         self._hashed: dict[int, int] = {}  # address -> slot
         self._under = array("I", [0]) * ROOTS  # root index -> entries of ip4_hosts below it
-        # Hosts of each /24; anonymous memory costs nothing until it is touched.
-        self._crowd = memoryview(mmap.mmap(-1, 2 * NETWORKS)).cast("H")
+        self._crowd = _untouched(2 * NETWORKS).cast("H")  # hosts of each /24
         self._repairs: list[Op] = []  # of what an earlier process did not finish
 
     @property
@@ -586,6 +586,14 @@ class Ip4:
             self._crowd[address >> 8] += not leaf.entries[octet] & OWN
             self._repairs.append(_store_entry(leaf, octet, slot | OWN))
         self._repairs.append(Drop("ip4_hosts", _keys([address])))
+
+
+def _untouched(size: int) -> memoryview:
+    """Zeros that cost nothing where nobody wrote to them."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one host would cost two megabytes
+    return memoryview(memory)
 
 
 _WORD = struct.Struct("=I")

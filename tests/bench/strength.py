@@ -148,7 +148,8 @@ def copied(home: Path) -> Path:
 
 
 def passes(tree: Path, tests: tuple[str, ...]) -> bool:
-    """Whether the tests pass there; tests that hang do not."""
+    """Whether the tests pass there; tests that take much longer than without a fault (a search for the smallest
+    example, a hang) do not."""
     vectors = os.environ.get("MESHWALL_VECTORS", str(ROOT.parent / "shared" / "vectors"))
     environment = os.environ | {
         "PYTHONPATH": str(tree),
