@@ -74,11 +74,15 @@ class Kernel:
             else:
                 self.tables[name] = {}
         self._filled = False  # a block, since the last Order
+        self._switches = False  # of a generation were stored since then
         self._cells: list[range] = []  # indexes stored since the last Order
         self._rows: set[int] = set()  # slots whose rows were
+        self._left: set[int] = set()  # slots that some address lost since the last Grace
+        self._unlinked: set[int] = set()  # blocks that lost their pointer since then
 
     def make(self, op: Op) -> None:
         self._publishes_only_what_is_ordered(op)
+        self._reuses_only_after_a_grace_period(op)
         if isinstance(op, Store):
             assert op.offset + len(op.data) <= len(self.memory[op.table]), op.table
             self.memory[op.table][op.offset : op.offset + len(op.data)] = op.data
@@ -92,7 +96,7 @@ class Kernel:
     def _publishes_only_what_is_ordered(self, op: Op) -> None:
         """On a CPU that reorders stores, a packet must not follow a store to something that was not filled yet."""
         if isinstance(op, Order | Grace):
-            self._filled, self._cells, self._rows = False, [], set()
+            self._filled, self._switches, self._cells, self._rows = False, False, [], set()
         elif isinstance(op, Put):
             assert not self._rows & {struct.unpack_from("<I", value)[0] for _, value in entries_of(op)}
         elif isinstance(op, Store) and op.table == "cells":
@@ -112,7 +116,35 @@ class Kernel:
             assert same or not (entry & ENTRY_POINTER and self._filled)
             assert entry & ENTRY_POINTER or entry & ENTRY_MASK not in self._rows
         elif isinstance(op, Store) and op.table == "config" and op.offset == CONFIG.offsets()["generation"]:
-            assert (self._filled, self._cells, self._rows) == (False, [], set())
+            assert (self._filled, self._switches, self._cells, self._rows) == (False, False, [], set())
+        elif isinstance(op, Store) and op.table == "config":
+            self._switches = True
+
+    def _reuses_only_after_a_grace_period(self, op: Op) -> None:
+        """A packet that read an address before it changed must find what the slot and the block meant then."""
+        if isinstance(op, Grace):
+            self._left, self._unlinked = set(), set()
+        elif isinstance(op, Put | Drop):
+            values = [self.tables[op.table].get(key) for key in keys_of(op)]
+            self._left.update(struct.unpack_from("<I", one)[0] for one in values if one)
+        elif isinstance(op, Store) and op.table == "slot_info":
+            assert op.offset // 8 not in self._left
+        elif isinstance(op, Store) and op.table == "ip4_blocks" and len(op.data) > 4:
+            assert op.offset // (4 * BLOCK_ENTRIES) not in self._unlinked
+        elif isinstance(op, Store) and op.table == "ip4_blocks":
+            blocks, slots = self._below(self.word("ip4_blocks", op.offset // 4))
+            kept, still = self._below(int.from_bytes(op.data, "little"))
+            self._unlinked |= blocks - kept
+            self._left |= slots - still
+
+    def _below(self, entry: int) -> tuple[set[int], set[int]]:
+        """The blocks and the slots that an entry leads to."""
+        if not entry & ENTRY_POINTER:
+            return set(), {entry & ENTRY_MASK}
+        block = entry & ENTRY_MASK
+        found = struct.unpack_from(f"<{BLOCK_ENTRIES}I", self.memory["ip4_blocks"], 4 * BLOCK_ENTRIES * block)
+        parts = [self._below(one) for one in set(found)]
+        return {block}.union(*(one for one, _ in parts)), set().union(*(one for _, one in parts))
 
     def run(self, ops: Sequence[Op]) -> None:
         for op in ops:
@@ -192,6 +224,7 @@ def leftover(kernel: Kernel) -> object:
     from daemon.datapath.maps import _region
     from daemon.model.identity import Identity
 
+    kernel.make(Grace())  # a process takes longer to start than a packet to pass
     config = CONFIG_STRUCT.unpack(bytes(kernel.memory["config"][: CONFIG_STRUCT.size]))
     generation = int(str(config["generation"]))
     blocks = array("I", bytes(kernel.memory["ip4_blocks"]))

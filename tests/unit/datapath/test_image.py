@@ -8,9 +8,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from bpf.layout import sized
+from bpf.layout import SLOT_HOST, sized
 from daemon.datapath.image import Image
-from daemon.datapath.ops import Op, Order, Store, TableFull
+from daemon.datapath.ops import Op, Store, TableFull
 from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, Prefix, compact, expand, parse_prefix
@@ -241,7 +241,6 @@ def test_hosts_between_hash_and_block_survive_the_death_of_the_process(specs, cr
         owned = {one: by for one, by in (owned | put).items() if one not in gone}
         kernel.run(claim(image, put, gone)[:stop])
         before, after = everything(tables, old), everything(tables, owned)
-        kernel.make(Order())  # no process begins before the stores of a dead one are seen
         image = Image(SIZES)
         image.adopt(kernel_model.leftover(kernel))
         left = [one for one in owned_prefixes(image) if one not in owned]
@@ -348,3 +347,28 @@ def test_unchanged_rules_keep_their_numbers():
     before = dict(image.numbers)
     image.switch(compiled([one, two, one]))
     assert {key: image.numbers[key] for key in before} == before
+
+
+def test_no_two_rules_have_one_number_nor_one_that_packets_may_still_report():
+    image = Image(SIZES)
+    one = {"ingress": [{"fromCIDR": ["10.0.0.0/8"]}, {"fromCIDR": ["10.1.0.0/16"]}]}
+    image.switch(compiled([one]))
+    before = dict(image.numbers)
+    image.switch(compiled([one, one]))
+    fresh = [number for key, number in image.numbers.items() if key not in before]
+    assert fresh
+    assert set(fresh).isdisjoint(before.values())
+    assert len(set(image.numbers.values())) == len(image.numbers)
+
+
+def test_own_addresses_are_found_without_the_hash():
+    kernel, image = Kernel(SIZES), Image(SIZES)
+    kernel.run(image.switch(compiled([])))
+    one, other = parse_prefix("192.0.2.1"), parse_prefix("192.0.2.77")
+    kernel.run(claim(image, {other: WEB}))
+    assert kernel.tables["ip4_hosts"]
+    kernel.run(claim(image, {one: HOST.identity}))
+    assert not kernel.tables["ip4_hosts"]
+    assert kernel.slot(one) == SLOT_HOST
+    kernel.run(claim(image, {}, [one]))
+    assert list(kernel.tables["ip4_hosts"]) == [other.packed]
