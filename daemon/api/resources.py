@@ -11,6 +11,7 @@ from aiohttp import web
 from bpf.syscall import LayoutMismatch
 from daemon.api.app import ApiError, Json, stream_rows
 from daemon.datapath.conntrack import Conntrack, CtRow
+from daemon.model.flow import rule_name
 from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_name
 from daemon.model.labels import LabelSet, format_labels, parse_labels
 from daemon.model.net import Direction, Prefix, expand, parse_prefix, proto_name
@@ -60,6 +61,9 @@ def routes(
         found = await asyncio.to_thread(ip_prefixes, tables, wanted, number)
         return await stream_rows(request, {}, "ips", ip_rows(tables, found, number, filter_of(request)))
 
+    async def rule(request: web.Request) -> web.StreamResponse:
+        return web.json_response(rule_origin_json(tables, request.match_info["number"]))
+
     async def ct(request: web.Request) -> web.StreamResponse:
         rows = await asyncio.to_thread(_connections, pins)
         return await stream_rows(request, {}, "connections", map(ct_json, rows))
@@ -74,6 +78,7 @@ def routes(
         web.get("/v1/identities", identities),
         web.get("/v1/identities/{number}", identity),
         web.get("/v1/ips", ips),
+        web.get("/v1/rules/{number}", rule),
         web.get("/v1/ct", ct),
         web.delete("/v1/ct", flush),
     ]
@@ -267,6 +272,22 @@ def _place(key: int) -> int:
     """Where a `compact` prefix is listed: by family, address and length."""
     prefix = expand(key)
     return (prefix.family == 6) << 136 | prefix.address << 8 | prefix.length
+
+
+def rule_origin_json(tables: Tables, text: str) -> Json:
+    """Where the rule with this number of the generation in force comes from."""
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    origin = tables.rules.get(number)
+    if origin is None:
+        raise ApiError(404, f"no rule {text!r} is in force")
+    return {
+        "number": number,
+        "name": rule_name(number, origin),
+        "policy": origin.policy,
+        "kind": origin.kind,
+        "file": origin.file,
+        "line": origin.line,
+    }
 
 
 def ip_rows(

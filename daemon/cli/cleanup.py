@@ -71,3 +71,11 @@ def configured_pins(file: Path | None, verb: str = "cleanup") -> Path | None:
             return DEFAULT_PINS
         print(f"meshwall {verb}: {error}", file=sys.stderr)
         return None
+
+
+def pins_in_use(file: Path | None, verb: str) -> Path | None:
+    """The default place first, unless settings are named: reading those takes a while, and may fail."""
+    named = file is not None or os.environ.get("MESHWALL_CONFIG") or os.environ.get("MESHWALL_PINS")
+    if not named and DEFAULT_PINS.is_dir() and any(DEFAULT_PINS.glob("v*")):
+        return DEFAULT_PINS
+    return configured_pins(file, verb)

@@ -18,6 +18,7 @@ NOUNS = {
     "ip": {"ip": "which address is which identity, and who says so"},
     "identity": {"identity": "security identities and their labels"},
     "ct": {"ct": "tracked connections"},
+    "trace": {"trace": "what the loaded programs would do with a packet"},
     "panic": {"panic": "let everything pass, or only the failsafe list, at once and without the daemon"},
     "audit": {"audit": "report what would be dropped instead of dropping it, for the host or a policy"},
     "mesh": {"mesh": "other clusters and the shared store", "node": "nodes of all clusters"},
@@ -39,7 +40,6 @@ ELSEWHERE = {
     "monitor-drops": "meshwall observe --verdict DROPPED -f",
     "troubleshoot": "meshwall mesh status",
     "validate": "meshwall policy check PATH",
-    "trace": "meshwall policy explain",
     "reload": "systemctl reload meshwalld",
     "hubble": "meshwall observe",
 }

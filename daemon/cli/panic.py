@@ -51,7 +51,9 @@ def _run(options: argparse.Namespace) -> int:
         return _wrong(f"--for says how long `open` or `failsafe` is to hold, not `{options.what}`")
     if os.geteuid() != 0:
         return _wrong("only root can read or write the kernel's tables")
-    pins = options.pins or _pins(options.config)
+    from daemon.cli.cleanup import pins_in_use  # noqa: PLC0415
+
+    pins = options.pins or pins_in_use(options.config, "panic")
     return 2 if pins is None else _do(options, pins)
 
 
@@ -85,16 +87,6 @@ def _text(kind: str, left_s: float | None) -> str:
         return "no panic: policy decides"
     until = f"for another {span(left_s)}" if left_s is not None else "until `meshwall panic off`"
     return f"PANIC {kind}: {'every packet passes' if kind == 'open' else 'only the failsafe list passes'}, {until}"
-
-
-def _pins(file: Path | None) -> Path | None:
-    """The default place first, unless settings are named: reading those takes a while, and may fail."""
-    from daemon.cli.cleanup import DEFAULT_PINS, configured_pins  # noqa: PLC0415
-
-    named = file is not None or os.environ.get("MESHWALL_CONFIG") or os.environ.get("MESHWALL_PINS")
-    if not named and DEFAULT_PINS.is_dir() and any(DEFAULT_PINS.glob("v*")):
-        return DEFAULT_PINS
-    return configured_pins(file, "panic")
 
 
 def _wrong(text: str, code: int = 2) -> int:

@@ -220,7 +220,7 @@ class Directory(Enricher):
     def labels(self, identity: int) -> tuple[str, ...]:
         """The labels of an identity as text; those it last had when it has gone."""
         row = self._tables.identities.get(Identity(identity))
-        found = row.labels if row else _built_in_labels(identity)
+        found = row.labels if row else built_in_labels(identity)
         known = self._labels.get(identity)
         if known and (not found or known[0] == found):
             return known[1]
@@ -330,7 +330,7 @@ class Directory(Enricher):
         return policy.specs[origin.spec].default_deny[origin.direction]
 
 
-def _built_in_labels(identity: int) -> LabelSet:
+def built_in_labels(identity: int) -> LabelSet:
     """Of reserved identities, and of numbers that the data path gives to prefixes and nodes by itself."""
     if LOCAL_SCOPE <= identity < REMOTE_NODE_SCOPE:
         return reserved_labels(Identity(Reserved.WORLD))

@@ -15,8 +15,9 @@ from daemon.api import resources, status
 from daemon.api.app import Api, ApiError, stream_rows
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
-from daemon.model.net import parse_prefix
+from daemon.model.net import Direction, parse_prefix
 from daemon.model.problem import Problem
+from daemon.model.rule import RuleOrigin
 from daemon.policy.ccnp import parse_documents
 from daemon.runtime.loopwatch import Stalls
 from daemon.sources.holding import key_of
@@ -130,6 +131,21 @@ async def test_identities_are_found_by_number_and_name(ask: Ask) -> None:
     assert found["labels"] == ["reserved:world"]
     for nobody in ("99", "nobody"):
         assert (await ask(f"/v1/identities/{nobody}"))[0] in (400, 404)
+
+
+async def test_a_rule_in_force_is_traced_to_its_line(ask: Ask, tables: Tables) -> None:
+    tables.rules.put(17, RuleOrigin("base", "CCNP", Direction.INGRESS, True, 0, 2, "p.yaml", 9))
+    origin = {
+        "number": 17,
+        "name": "ingressDeny[2]",
+        "policy": "base",
+        "kind": "CCNP",
+        "file": "p.yaml",
+        "line": 9,
+    }
+    assert await ask("/v1/rules/17") == (200, origin)
+    for unknown in ("18", "x"):
+        assert (await ask(f"/v1/rules/{unknown}"))[0] == 404
 
 
 async def test_the_status_lists_what_is_wrong_with_its_cure_first(ask: Ask, tables: Tables) -> None:
