@@ -126,3 +126,52 @@ def test_after_a_boot_without_the_store_what_was_known_is_enforced_at_once_and_t
     assert "nothing to accept" in machine.meshwall("mesh", "accept", "west").stdout
     refused = machine.meshwall("mesh", "accept", "nowhere")
     assert (refused.returncode, "no cluster 'nowhere'" in refused.stderr) == (2, True)
+
+
+WORKLOAD = """
+name: client-0
+namespace: prod
+labels: {app: client}
+addresses: [10.99.0.2]
+"""
+
+
+@pytest.mark.parametrize("etcd", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_workload_of_a_file_has_its_rights_published_or_not_and_loses_them_with_the_file(
+    machine, request: pytest.FixtureRequest, within: Callable[[Callable[[], bool]], None], etcd: bool
+) -> None:
+    settings: dict[str, object] = {"cluster_name": "east", "cluster_id": 1}
+    if etcd:
+        request.getfixturevalue("store")
+        settings["etcd"] = {"endpoints": [ENDPOINT]}
+    machine.write("p.yaml", POLICY)
+    machine.start(**settings)
+    assert not machine.connects(8000)
+    file = machine.root / "workloads.d/client.yaml"
+    file.write_text(WORKLOAD)
+    within(lambda: machine.connects(8000))
+    assert not machine.connects(8001)
+    number = published(machine, "app=client")
+    assert 65536 <= number <= 131071
+    if etcd:
+        status = json.loads(machine.meshwall("mesh", "status", "-o", "json").stdout)
+        assert status["publish"]["ok"], status["publish"]
+        node = published(machine, "io.cilium.k8s.policy.cluster=east,!app")
+        assert node != number
+    machine.kill(signal.SIGTERM)
+    machine.start(**settings)
+    assert machine.connects(8000)
+    assert published(machine, "app=client") == number
+    file.unlink()
+    within(lambda: not machine.connects(8000))
+
+
+def published(machine, selector: str) -> int:
+    """The one identity with these labels that this node uses."""
+    deadline = time.monotonic() + 5
+    while True:
+        done = machine.meshwall("identity", "list", "--nodes", "-l", selector, "-o", "json")
+        found = json.loads(done.stdout)["identities"] if done.stdout else []
+        if found or time.monotonic() > deadline:
+            assert [one["nodes"] for one in found] == [["t1"]], done.stderr
+            return int(found[0]["id"])

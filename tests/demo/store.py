@@ -39,7 +39,11 @@ def node_of(host: Host) -> wire.Node:
 
 
 async def put_pod(kv: EtcdKV, pod: Pod, identity: int, addresses: tuple[str, ...]) -> None:
-    await kv.put(wire.identity_key(identity), wire.encode_identity(pod.labels, pod.host.cluster))
+    labels = wire.encode_identity(pod.labels, pod.host.cluster)
+    await kv.put(wire.identity_key(identity), labels)
+    # As the node that runs it would: identities that nobody refers to are collected after a while.
+    reference = wire.identity_value_key(labels.decode(), pod.host.address.v4)
+    await kv.put(reference, str(identity).encode())
     for address in addresses:
         entry = wire.ip_entry(address, identity, pod.host.address.v4, pod.namespace, pod.name)
         await kv.put(wire.ip_key(entry.prefix), wire.encode_ip(entry))

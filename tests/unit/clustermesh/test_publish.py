@@ -283,6 +283,17 @@ async def test_another_clusters_id_in_the_configuration_stops_everything() -> No
         assert not [key for key in store._entries if key.startswith("cilium/state/")]
 
 
+async def test_in_a_mesh_of_511_clusters_numbers_come_from_the_smaller_range() -> None:
+    store = MemoryKV()
+    publisher = make(store, Disk(), Member("beta", 2, "b1", max_clusters=511))
+    publisher.publish(replace(HOST, cluster="beta", cluster_id=2, name="b1"))
+    publisher.want("workloads", addresses=WORKLOADS)
+    async with running(publisher):
+        await eventually(lambda: publisher.ok)
+    assert all(65536 <= number <= 98303 for number in publisher.allocator.numbers.values())
+    assert b'"maxConnectedClusters":511' in store._entries[wire.config_key("beta")].value
+
+
 async def test_without_a_shared_store_only_workloads_are_written() -> None:
     store = MemoryKV()
     publisher = make(store, Disk(), replace(MEMBER, announce=False))
