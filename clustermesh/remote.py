@@ -26,6 +26,7 @@ from clustermesh.wire import Cidr, ClusterConfig, IpEntry, Node
 Item = TypeVar("Item")
 
 CHUNK = 500  # entries between two chances for the event loop: a few milliseconds
+FEW = 100  # the same for what takes longer
 MAX_REFUSALS = 1000  # remembered per cluster, for people; all are counted
 MAX_WAITING = 500_000  # entries of one kind whose cluster is not known or not complete; more are left out
 HOLD_SHARE = 0.3  # more of a cluster's keys than this missing at once is held for a while
@@ -395,9 +396,14 @@ class Mesh:
             if remote.config is not None:
                 markers = sorted([kind.name, cached] for kind, cached in remote.markers)
                 yield ["cluster", remote.name, wire.encode_config(remote.config).decode(), markers]
-                nodes = [[name, wire.encode_node(one).decode()] for name, one in remote.nodes.items()]
-                for start in range(0, len(nodes), CHUNK):
-                    yield ["nodes", remote.name, nodes[start : start + CHUNK]]
+                nodes = list(remote.nodes.items())
+                for start in range(0, len(nodes), FEW):
+                    some = nodes[start : start + FEW]
+                    yield [
+                        "nodes",
+                        remote.name,
+                        [[name, wire.encode_node(one).decode()] for name, one in some],
+                    ]
                 numbers = list(remote.identities.items())
                 for start in range(0, len(numbers), CHUNK):
                     yield ["identities", remote.name, numbers[start : start + CHUNK]]
@@ -971,7 +977,9 @@ class Mesh:
             if part.kind in _DATA and (doubtful or self._is_mass(part, remote, count)):
                 self._hold(remote, now)
         sweep: list[str] = []
-        for key, remote in missing.items():
+        for number, (key, remote) in enumerate(missing.items()):
+            if not number % CHUNK:
+                yield []
             if remote.is_open(part.kind) and not remote.held_since:
                 sweep.append(key)
             else:
@@ -1087,7 +1095,9 @@ class Relisting:
 
         doubtful: the store is not the one it was (wiped, restored), so what is missing is held.
         """
-        for packed, claims in self._claims.items():
+        for number, (packed, claims) in enumerate(self._claims.items()):
+            if not number % CHUNK:
+                yield []  # a turn for others
             cidr = _unpacked(packed)
             for claim in _each(claims):
                 long = claim.long or cidr[2] != (32 if cidr[0] == 4 else 128)

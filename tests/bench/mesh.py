@@ -32,6 +32,7 @@ from daemon.state.tables import Tables
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 131072 + 1
+CLUSTER = 200_000  # addresses that one cluster may have
 
 
 def free_port() -> int:
@@ -53,21 +54,26 @@ def start_etcd(directory: str) -> tuple[subprocess.Popen[bytes], str]:
 
 
 async def fill(endpoint: str, addresses: int, identities: int) -> None:
+    clusters = -(-addresses // CLUSTER)
     kv = EtcdKV(EtcdSettings((endpoint,)))
     for _ in range(100):
         try:
-            await kv.put(wire.config_key("west"), wire.encode_config(wire.ClusterConfig(2, max_clusters=255)))
+            for cluster in range(2, clusters + 2):
+                config = wire.ClusterConfig(cluster, max_clusters=255)
+                await kv.put(wire.config_key(f"west{cluster}"), wire.encode_config(config))
             break
         except Exception:  # noqa: BLE001 - it is starting
             await asyncio.sleep(0.1)
     pairs: list[tuple[str, bytes]] = []
-    for number in range(FIRST, FIRST + identities):
+    each = identities // clusters
+    for number in [(cluster << 16) + 1 + one for cluster in range(2, clusters + 2) for one in range(each)]:
         labels = [f"k8s:app=app-{number}", "k8s:io.kubernetes.pod.namespace=prod",
                   "k8s:io.cilium.k8s.policy.serviceaccount=default"]  # fmt: skip
-        pairs.append((wire.identity_key(number), wire.encode_identity(labels, "west")))
+        pairs.append((wire.identity_key(number), wire.encode_identity(labels, f"west{number >> 16}")))
     for number in range(addresses):
         text = wire.ip_text(4, (10 << 24) + number + 1)
-        entry = wire.ip_entry(text, FIRST + number % identities, "192.168.5.1", "prod", f"pod-{number}")
+        identity = ((2 + number % clusters) << 16) + 1 + number % each
+        entry = wire.ip_entry(text, identity, "192.168.5.1", "prod", f"pod-{number}")
         pairs.append((wire.ip_key(text), wire.encode_ip(entry)))
     session = await kv._connected()
     for start in range(0, len(pairs), 100):

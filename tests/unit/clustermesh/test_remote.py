@@ -328,3 +328,15 @@ def test_old_etcds_are_warned_of() -> None:
 
     assert all(map(version_warning, ("3.4.23", "3.5.1", "3.5.32", "3.6.13", "3.3.27", "2.3.8")))
     assert not any(map(version_warning, ("3.4.44", "3.5.33", "3.6.14", "3.7.0", "4.0.0-rc1", "", "unknown")))
+
+
+def test_a_store_that_lost_everything_is_looked_at_in_small_pieces() -> None:
+    store = Store()
+    store.cluster("west", 2)
+    prefix = f"{wire.IPS}/default/"
+    store.listing(prefix, dict(ip(f"10.1.{number >> 8}.{number & 255}", WEB) for number in range(5000)))
+    listing = store.mesh.begin(PART[prefix])
+    pieces = list(listing.end(100.0))
+    assert len(pieces) >= 20, "others get a turn every few hundred keys"
+    assert not store.changes(pieces)
+    assert store.mesh.counts(store.mesh.remotes["west"])["held"] == 5000
