@@ -65,6 +65,7 @@ class Follower:
         self.store = 0  # which store this is, if it says so
         self.revision = 0
         self.reconnects = 0
+        self.pages = 0  # of listings, ever: whether there is progress
         self.denied: dict[str, str] = {}  # prefix -> what the store said
         self._before = (0, 0)  # store and revision at the end of the last connection
         self._kv = kv
@@ -166,6 +167,7 @@ class Follower:
         try:
             async with aclosing(self._pages(part)) as pages:
                 async for page in pages:
+                    self.pages += 1
                     async with self._turn:
                         await self._feed(listing.page(page.entries))
         except Denied as error:

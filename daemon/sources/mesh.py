@@ -45,7 +45,8 @@ from daemon.state.tables import IdentityRow, IpKey, IpRow, NodeKey, NodeRow, Sta
 log = logging.getLogger(__name__)
 
 BULK = 100  # changes in one batch that are a listing, not life
-SYNC_WAIT_S = 15.0  # how long the tables wait for the first complete listing before they count as synced
+SYNC_WAIT_S = 15.0  # how long the tables wait for the first complete listing before they count as synced, and
+SYNC_WAITS = 8  # how often at most they do so while more of it is coming
 SAVE_AFTER_S = 5.0  # what changed is on disk this much later, and
 SAVE_SHARE = 50  # at most this small a part of the time is spent on that
 RESOLVE_EVERY_S = 300.0  # names of stores
@@ -184,13 +185,15 @@ class MeshSource:
     async def _mark_synced(self) -> None:
         """The tables count as complete when all clusters have told everything, or when waiting any longer
         would leave this host without a policy for want of a store."""
-        try:
-            async with asyncio.timeout(self._sync_wait_s):
-                await self._synced.wait()
-        except TimeoutError:
-            log.warning(
-                "%s: not synced after %g s, going on with what is known", self._name, self._sync_wait_s
-            )
+        pages, waits = -1, 0
+        while not self._synced.is_set() and self.follower.pages > pages and waits < SYNC_WAITS:
+            pages, waits = self.follower.pages, waits + 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._sync_wait_s):
+                    await self._synced.wait()
+        if not self._synced.is_set():
+            waited_s = waits * self._sync_wait_s
+            log.warning("%s: not synced after %g s, going on with what is known", self._name, waited_s)
         self._shared.arrival.arrived(self._only or self._name)
 
     def _look_whether_synced(self) -> None:

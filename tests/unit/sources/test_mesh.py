@@ -1,5 +1,7 @@
 """Clusters in a store become rows, and stay rows when the store goes away."""
 
+import asyncio
+
 import pytest
 
 from clustermesh import wire
@@ -178,3 +180,16 @@ async def test_a_node_cannot_take_this_hosts_address_or_a_special_one(
         await until(lambda: tables.nodes.synced)
     assert [row.addresses for row in tables.nodes.rows.values()] == [(), ()]
     assert tables.status["mesh:west"].details["refused_by_reason"] == {"our_address": 1, "special_address": 1}
+
+
+async def test_a_listing_that_is_still_coming_is_waited_for_and_one_that_is_not_is_not(
+    tables: Tables, kv: MemoryKV, running, until
+) -> None:
+    await put_cluster(kv, canaries=True)  # and its markers never come
+    source = make(tables, kv, sync_wait_s=0.2)
+    async with running(source):
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            source.follower.pages += 1
+            assert not tables.ips.synced
+        await until(lambda: tables.ips.synced)
