@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import islice
 
 from clustermesh import wire
@@ -26,6 +27,7 @@ from clustermesh.wire import CILIUM, ClusterConfig, Node, NodeAddress
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 60.0
+SETTLE_S = 0.02  # changes this close together are one round
 RECHECK_S = 300.0  # between two looks at whether what we wrote is still there
 _CANARIES = (wire.IDENTITIES, wire.IPS, wire.NODES, wire.SERVICES, wire.SERVICE_EXPORTS)
 _HOST = "host"  # the group of this host's own addresses
@@ -189,13 +191,11 @@ class Publisher:
         for keys, addresses in self._groups.values():
             desired |= keys
             for one in addresses:
-                entry = wire.ip_entry(one.prefix, 0, own, one.namespace, one.pod)
                 number = self.allocator.number(one.labels)
                 if number is None:
-                    pending.add(wire.ip_key(entry.prefix))
+                    pending.add(_ip_key(one.prefix))
                 else:
-                    entry = wire.ip_entry(one.prefix, number, own, one.namespace, one.pod)
-                    desired[wire.ip_key(entry.prefix)] = wire.encode_ip(entry)
+                    desired[_ip_key(one.prefix)] = _ip_value(one, number, own)
         return desired, pending - desired.keys()
 
     # -- the task
@@ -243,6 +243,7 @@ class Publisher:
                 due = self._clock() + self._recheck_s
                 self._announced = False
                 await self._verify()
+            await asyncio.sleep(SETTLE_S)
             self._changed.clear()
             await self._write()
             self._backoff.reset()
@@ -443,6 +444,16 @@ def _numbers(remembered: Mapping[str, str]) -> dict[str, int]:
         if key.startswith(wire.IDENTITY_REFERENCES) and value.isascii() and value.isdigit():
             found[key.removeprefix(wire.IDENTITY_REFERENCES).rpartition("/")[0]] = int(value)
     return found
+
+
+@lru_cache(maxsize=1 << 14)  # looked at in every round, and hardly ever different
+def _ip_key(prefix: str) -> str:
+    return wire.ip_key(wire.ip_entry(prefix, 0).prefix)
+
+
+@lru_cache(maxsize=1 << 14)
+def _ip_value(one: Address, number: int, host: str) -> bytes:
+    return wire.encode_ip(wire.ip_entry(one.prefix, number, host, one.namespace, one.pod))
 
 
 def _is_value(key: str) -> bool:

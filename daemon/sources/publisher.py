@@ -92,7 +92,7 @@ class MeshPublisher:
     async def _save(self, keys: Mapping[str, str]) -> None:
         """A full or read-only disk stops nothing; it is said once."""
         try:
-            await asyncio.to_thread(write_file, self._path.parent, self._path.name, json.dumps(keys))
+            await asyncio.to_thread(lambda: write_file(self._path.parent, self._path.name, json.dumps(keys)))
             self._unsaved = ""
         except OSError as error:
             reason = error.strerror or str(error)

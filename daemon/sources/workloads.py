@@ -34,7 +34,8 @@ from daemon.state.tables import LOCAL, IdentityRow, IpKey, IpRow, StatusRow, Tab
 log = logging.getLogger(__name__)
 
 GROUP = "workloads"
-MAX_ADDRESSES = 65_536  # of all workloads of a host
+MAX_ADDRESSES = 8_192  # of all workloads of a host: each round looks at all of them
+SETTLE_S = 0.02  # numbers that come this close together are one look
 _FIELDS = ("name", "namespace", "labels", "serviceAccount", "namespaceLabels", "addresses")
 _MAX_LABELS, _MAX_KEY, _MAX_VALUE = 60, 317, 63  # what receivers take; the rest is for labels that are added
 _NAMESPACE_LABELS = "io.cilium.k8s.namespace.labels."
@@ -168,6 +169,7 @@ class WorkloadFiles:
         self._identities: dict[Identity, IdentityRow] = {}  # rows of ours
         self._ips: set[IpKey] = set()
         self._workloads: Mapping[str, Sequence[Workload]] = {}
+        self._claimed: Mapping[Cidr, Address] = {}
         self._wake = asyncio.Event()
         self._problems: tuple[str, ...] = ()
         self._files = DocumentFiles(
@@ -186,6 +188,7 @@ class WorkloadFiles:
             group.create_task(self._files.run())
             while True:
                 await self._wake.wait()
+                await asyncio.sleep(SETTLE_S)
                 self._wake.clear()
                 self._rows()
 
@@ -195,14 +198,13 @@ class WorkloadFiles:
 
     def _take(self, files: Mapping[str, Sequence[Workload]]) -> None:
         self._workloads = files
-        claimed, problems = claims([one for name in sorted(files) for one in files[name]])
-        self._problems = problems
-        self._publisher.want(GROUP, addresses=tuple(claimed.values()))
+        self._claimed, self._problems = claims([one for name in sorted(files) for one in files[name]])
+        self._publisher.want(GROUP, addresses=tuple(self._claimed.values()))
         self._wake.set()
 
     def _rows(self) -> None:
         """What is known of our workloads here, be the store within reach or not."""
-        claimed, _ = claims([one for name in sorted(self._workloads) for one in self._workloads[name]])
+        claimed = self._claimed
         numbers = self._publisher.allocator.known
         identities: dict[Identity, IdentityRow] = {}
         ips: dict[IpKey, IpRow] = {}
