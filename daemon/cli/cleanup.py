@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 DEFAULT_PINS = Path("/sys/fs/bpf/meshwall")
+DEFAULT_CONFIG = Path("/etc/meshwall/meshwall.yaml")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,7 +27,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _run(options: argparse.Namespace) -> int:
-    pins = options.pins or configured_pins(options.config)
+    pins = options.pins or pins_in_use(options.config, "cleanup")
     if pins is None:
         return 2
     if not pins.exists() or not any(pins.iterdir()):
@@ -59,23 +60,27 @@ def _remove(pins: Path) -> int:
     return 0
 
 
-def configured_pins(file: Path | None, verb: str = "cleanup") -> Path | None:
-    """Of the settings; broken settings must not keep anybody from the default place. None: told what is wrong."""
-    from daemon.config import ConfigError, load  # noqa: PLC0415
-
-    try:
-        return load(file).pins
-    except ConfigError as error:
-        if file is None:
-            print(f"meshwall {verb}: settings are broken, using {DEFAULT_PINS}", file=sys.stderr)
-            return DEFAULT_PINS
-        print(f"meshwall {verb}: {error}", file=sys.stderr)
-        return None
-
-
 def pins_in_use(file: Path | None, verb: str) -> Path | None:
-    """The default place first, unless settings are named: reading those takes a while, and may fail."""
-    named = file is not None or os.environ.get("MESHWALL_CONFIG") or os.environ.get("MESHWALL_PINS")
-    if not named and DEFAULT_PINS.is_dir() and any(DEFAULT_PINS.glob("v*")):
-        return DEFAULT_PINS
-    return configured_pins(file, verb)
+    """The place of the pins as the settings have it; no other line of them is read or has to be right.
+
+    Broken settings must not keep anybody from the default place, unless they were named. None: told what is wrong.
+    """
+    if from_environment := os.environ.get("MESHWALL_PINS"):
+        return Path(from_environment)
+    named = file or Path(os.environ.get("MESHWALL_CONFIG") or DEFAULT_CONFIG)
+    try:
+        text = named.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        if file is None:
+            return DEFAULT_PINS
+        print(f"meshwall {verb}: {file}: {error.strerror}", file=sys.stderr)
+        return None
+    from daemon.policy.document import Node, read_documents  # noqa: PLC0415 - only where there are settings
+
+    for document in read_documents(text, str(named)):
+        if not isinstance(document, Node):
+            print(f"meshwall {verb}: {document}; --pins names the place", file=sys.stderr)
+            return DEFAULT_PINS if file is None else None
+        if (found := document.fields.get("pins")) is not None:
+            return Path(found.text)
+    return DEFAULT_PINS

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from daemon.cli.cleanup import pins_in_use
 from daemon.cli.client import seconds, span
 
 MEANINGS = """\
@@ -51,8 +52,6 @@ def _run(options: argparse.Namespace) -> int:
         return _wrong(f"--for says how long `open` or `failsafe` is to hold, not `{options.what}`")
     if os.geteuid() != 0:
         return _wrong("only root can read or write the kernel's tables")
-    from daemon.cli.cleanup import pins_in_use  # noqa: PLC0415
-
     pins = options.pins or pins_in_use(options.config, "panic")
     return 2 if pins is None else _do(options, pins)
 

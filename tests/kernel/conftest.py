@@ -186,7 +186,7 @@ class Machine:
         new.rename(self.home / "policies" / "base.yaml")
         if self.daemon is None:
             self.start()
-        self.until(lambda: self.generation() > before, 30)
+        self.until(lambda: self.generation() > before, 60)
 
     @staticmethod
     def until(condition: Callable[[], bool], within_s: float = 10) -> None:

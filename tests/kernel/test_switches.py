@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import struct
@@ -59,6 +60,12 @@ def panic(node, *words: str) -> str:
     return done.stdout
 
 
+def children_s() -> float:
+    """Processor time of the commands so far: other work on the machine does not count."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 @contextlib.contextmanager
 def outbound(node) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A connection that the machine opened: both ends."""
@@ -76,7 +83,7 @@ def test_a_first_start_without_the_labels_of_the_host_passes_the_failsafe_list_a
     """First: later ones have a policy."""
     listening.start(node_file=str(listening.home / "node.yaml"), **SETTINGS)
     with outbound(listening) as (ours, theirs):
-        listening.until(lambda: listening.generation() > 0, 30)  # nobody accepts: only so many may connect
+        listening.until(lambda: listening.generation() > 0, 60)  # nobody accepts: only so many may connect
         assert open_ports(listening) == [FAILSAFE]
         assert "only the failsafe list passes" in listening.status()["enforcement"]["text"]
         theirs.sendall(b"an answer")
@@ -89,19 +96,20 @@ def test_a_first_start_without_the_labels_of_the_host_passes_the_failsafe_list_a
 def test_panic_works_with_the_daemon_killed_and_survives_its_restart(node):
     with outbound(node) as (ours, theirs):
         node.stop(signal.SIGKILL)
-        started = time.monotonic()
+        before = children_s()
         assert panic(node, "open").startswith("PANIC open: every packet passes, until `meshwall panic off`")
-        print(f"`meshwall panic open` took {time.monotonic() - started:.2f} s")
+        print(f"`meshwall panic open` took {children_s() - before:.2f} s of a CPU")
+        assert children_s() - before < 1
         assert open_ports(node) == [OPEN, CLOSED, FAILSAFE]
-        started = time.monotonic()
+        before = children_s()
         assert json.loads(panic(node, "failsafe", "--json"))["panic"] == "failsafe"
-        print(f"`meshwall panic failsafe` took {time.monotonic() - started:.2f} s")
+        print(f"`meshwall panic failsafe` took {children_s() - before:.2f} s of a CPU")
         assert open_ports(node) == [FAILSAFE]
         theirs.sendall(b"an answer")
         assert ours.recv(16) == b"an answer"
         before = node.generation()
         node.start()
-        node.until(lambda: node.generation() > before, 30)
+        node.until(lambda: node.generation() > before, 60)
         assert open_ports(node) == [FAILSAFE]
         node.until(lambda: node.status().get("enforcement", {}).get("panic") == "failsafe")
         told = node.status()
@@ -117,12 +125,11 @@ def test_panic_works_with_the_daemon_killed_and_survives_its_restart(node):
 
 
 def test_a_panic_with_a_time_ends_by_itself_and_says_when(node):
-    assert panic(node, "failsafe", "--for", "2s").startswith(
-        "PANIC failsafe: only the failsafe list passes, for another"
-    )
-    assert open_ports(node) == [FAILSAFE]
-    assert 0 < json.loads(panic(node, "status", "--json"))["left_s"] <= 2
-    node.until(lambda: open_ports(node) == [OPEN, FAILSAFE])
+    assert "only the failsafe list passes, for another" in panic(node, "failsafe", "--for", "6s")
+    assert 0 < json.loads(panic(node, "status", "--json"))["left_s"] <= 6
+    assert not node.connects(OPEN)
+    node.until(lambda: node.connects(OPEN))
+    assert open_ports(node) == [OPEN, FAILSAFE]
     assert panic(node, "status") == "no panic: policy decides\n"
 
 
