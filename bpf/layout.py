@@ -65,6 +65,7 @@ class ConfigFlag(IntFlag):
     V6_NETS = 8  # ip6_nets (/64) is in use
     V6_TRIE = 16  # ip6_prefixes (other lengths) is in use
     LOG_ALLOWED = 32  # an event for each new allowed connection
+    ALL_OURS = 64  # after a boot: which addresses are this host's is not known yet, so all are
 
 
 class CellVerdict(IntEnum):

@@ -554,7 +554,7 @@ class Host:
         return sum(datagram[0] == source for datagram in self.datagrams)
 
     def _is_ours(self, packet: Packet) -> bool:
-        if packet.group or not packet.family:
+        if packet.group or not packet.family or self.policy.flags & ConfigFlag.ALL_OURS:
             return True
         multicast = packet.dst[0] >= 224 if packet.family == 4 else packet.dst[0] == 255
         return multicast or self.policy.slot(packet.dst) == SLOT_HOST

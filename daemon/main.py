@@ -31,6 +31,7 @@ from daemon.api import app, audit, changes, flows, mesh, metrics, report, resour
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
+from daemon.datapath.keeper import Keeper
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.datapath.watch import Watch
 from daemon.flows.pipeline import FlowPipeline
@@ -257,6 +258,8 @@ class Daemon:
         yield "host", self._host.run
         yield "policy files", self._files.run
         yield from self._mesh_work()
+        keeper = Keeper(self.tables, self.config.state_dir, self._program.passed, self._program.save)
+        yield "last good state", keeper.run
         yield "rule usage", self._usage.run
         changed = changes.PolicyChanges(self.tables, lambda: self._program.settings.compile, self._audit_log)
         yield "audit log", changed.run

@@ -49,7 +49,7 @@ static __always_inline __u32 slot_of(const struct packet *p, const __be32 *addre
 /* Is this packet, coming in, for the host itself? Frames to a group address are never forwarded by IP. */
 static __always_inline int is_for_host(const struct packet *p, __u32 flags)
 {
-	if (p->group || !p->family)
+	if (p->group || !p->family || flags & CONFIG_ALL_OURS)
 		return 1;
 	if (p->family == 4 && be32(p->dst[0]) >> 28 >= 14)
 		return 1;

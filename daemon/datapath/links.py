@@ -25,24 +25,25 @@ class LoadFailed(Exception):  # noqa: N818 - read as a fact
     """The loader could not do its work; what was attached stays. The text is its one line."""
 
 
+def loader_command(pins: Path, sizes: Sizes) -> list[str]:
+    """The process that compiles and pins."""
+    arguments = ["--pins", str(pins), "--sizes", json.dumps(asdict(sizes)), "--json"]
+    return [sys.executable, "-m", "bpf.loader", *arguments]
+
+
+def loader_environment() -> dict[str, str]:
+    """So that it runs the code that we run."""
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
 async def load(pins: Path, sizes: Sizes) -> dict[str, object]:
     """Run the loader: maps and programs are pinned afterwards, and attached links run the new programs."""
-    command = (
-        sys.executable,
-        "-m",
-        "bpf.loader",
-        "--pins",
-        str(pins),
-        "--sizes",
-        json.dumps(asdict(sizes)),
-        "--json",
-    )
     process = await asyncio.create_subprocess_exec(
-        *command,
+        *loader_command(pins, sizes),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=loader_environment(),
     )
     try:
         out, err = await process.communicate()

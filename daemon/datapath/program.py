@@ -24,6 +24,7 @@ from daemon.datapath.links import LoadFailed, load
 from daemon.datapath.maps import KernelMaps
 from daemon.datapath.ops import Op, TableFull
 from daemon.datapath.room import FULL, squeeze
+from daemon.datapath.snapshot import AttachedDevice, save
 from daemon.model.identity import REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, RESERVED, Label, LabelSet
 from daemon.model.net import Direction, Prefix, compact
@@ -94,6 +95,7 @@ class Program:
         self.settings = settings
         self._tables = tables
         self._wake = asyncio.Event()
+        self.passed = asyncio.Event()  # set after each pass; whoever waits for it clears it
         self._image = Image(settings.sizes)
         self._image_lock = threading.Lock()  # held by whoever plans and applies, never while compiling
         self._maps: KernelMaps | None = None
@@ -165,9 +167,7 @@ class Program:
             log.error("data path: %s", error)  # noqa: TRY400 - one line
 
     def _failsafe_only(self, own: frozenset[Prefix]) -> None:
-        known = {one: reserved_labels(one) for one in RESERVED_IDENTITIES}
-        settings = replace(self.settings.compile, mode="always")
-        compiled = compile_policy((), {}, Subject(HOST, reserved_labels(HOST)), known, settings)
+        compiled = failsafe_policy(self.settings.compile)
         with self._image_lock:
             if self._maps is None:
                 return
@@ -221,8 +221,10 @@ class Program:
         with self._image_lock:
             self._maps = maps
             self._image = Image(self.settings.sizes)
-            self._image.adopt(maps.leftover())
-            maps.apply(self._image.set_flags(self._flags()))
+            left = maps.leftover()
+            self._image.adopt(left)
+            # What a boot has restored takes every packet for this host's until the first pass knows better.
+            maps.apply(self._image.set_flags(self._flags() | left.flags & ConfigFlag.ALL_OURS))
 
     def _flags(self) -> ConfigFlag:
         return ConfigFlag.LOG_ALLOWED if self.settings.log_allowed else ConfigFlag(0)
@@ -294,10 +296,29 @@ class Program:
                 await asyncio.to_thread(self._adopt, self._maps)
             return replace(work, recompile=True)
         self._refused = self._held = False
+        if ConfigFlag.ALL_OURS in self._image.flags:
+            await asyncio.to_thread(self._know_ours)
         await self._take_over()
+        self.passed.set()
         self._publish(done, work)
         self._tell_unfit()
         return None
+
+    def _know_ours(self) -> None:
+        with self._image_lock:
+            assert self._maps is not None  # noqa: S101 - a pass is done
+            self._maps.apply(self._image.set_flags(self._flags()))
+
+    def save(self, path: Path) -> int:
+        """In a worker thread: write what is enforced for the next boot; returns bytes. Raises OSError."""
+        rows = self._tables.status.rows
+        devices = [
+            AttachedDevice(name.removeprefix("device:"), str(row.details.get("xdp", "")))
+            for name, row in rows.items()
+            if name.startswith("device:") and row.ok
+        ]
+        with self._image_lock:
+            return save(self.settings.pins, self.settings.sizes, devices, path)
 
     async def _take_over(self) -> None:
         """The first pass over an earlier layout is done: its programs can go."""
@@ -623,6 +644,13 @@ class Program:
 
 def _pieces(keys: list[int]) -> Iterator[list[int]]:
     return (keys[at : at + PIECE] for at in range(0, len(keys), PIECE))
+
+
+def failsafe_policy(settings: CompileSettings) -> Compiled:
+    """Default deny both ways, and the failsafe list."""
+    known = {one: reserved_labels(one) for one in RESERVED_IDENTITIES}
+    subject = Subject(HOST, reserved_labels(HOST))
+    return compile_policy((), {}, subject, known, replace(settings, mode="always"))
 
 
 def _same(old: Compiled, new: Compiled) -> bool:

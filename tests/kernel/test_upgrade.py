@@ -154,7 +154,7 @@ def test_upgrades_under_traffic_leak_nothing_and_cut_nothing(node, tmp_path, rou
                 node.start(map_sizes=sizes)
             else:
                 node.start()
-            node.until(lambda: upgraded(node, version), 40)  # noqa: B023 - called at once
+            node.until(lambda: upgraded(node, version), 90)  # noqa: B023 - called at once
     assert seen.sent > 1_000
     assert seen.echoed > 100
     assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
@@ -171,7 +171,7 @@ def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_next_start(node,
             time.sleep(chance.uniform(0.3, 4))
             node.stop(signal.SIGKILL)
         node.start()
-        node.until(lambda: upgraded(node, version), 40)
+        node.until(lambda: upgraded(node, version), 90)
     assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
     assert seen.echoed > 100
 
@@ -181,7 +181,7 @@ def test_a_release_that_is_too_old_touches_nothing_and_says_what_to_do(node, tmp
     version = layout.LAYOUT_VERSION + 1
     node.tree = release(tmp_path, version)
     node.start()
-    node.until(lambda: upgraded(node, version), 40)
+    node.until(lambda: upgraded(node, version), 90)
     node.stop(signal.SIGTERM)
     before = pinned(node)
     node.tree = ROOT
