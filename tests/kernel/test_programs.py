@@ -369,6 +369,15 @@ def test_options_do_not_shift_the_ports_that_policy_sees(rig: Rig, hook: Hook) -
     ).passes
 
 
+@pytest.mark.parametrize("hook", INGRESS_HOOKS)
+@pytest.mark.parametrize("option", [131, 137])
+def test_a_sender_may_not_choose_the_route(rig: Rig, hook: Hook, option: int) -> None:
+    route = bytes([1, option, 7, 4]) + raw(STRANGER)
+    head = struct.pack(">BBHHHBBH", 0x47, 0, 48, 0, 0, 64, 6, 0) + raw(FRIEND) + raw(US)
+    outcome = rig.run(hook, frames.ethernet(head + route + frames.tcp_segment(1, KUBELET), 0x0800))
+    assert not outcome.passes
+
+
 def test_protocols_without_ports_and_icmp_types_have_their_own_columns(rig: Rig) -> None:
     vrrp, echo = PORTS_PROTOCOL + 112, PORTS_ICMP4 + 8
     rows = {(Direction.INGRESS, FRIENDS): ((vrrp, vrrp, ALLOW), (echo, echo, ALLOW))}

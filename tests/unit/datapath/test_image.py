@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bpf.layout import SLOT_HOST, sized
 from daemon.datapath.image import Image
-from daemon.datapath.ops import Op, Store, TableFull
+from daemon.datapath.ops import Drop, Op, Store, TableFull
 from daemon.model.identity import Identity, Reserved, reserved_labels
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, Prefix, compact, expand, parse_prefix
@@ -372,3 +372,17 @@ def test_own_addresses_are_found_without_the_hash():
     assert kernel.slot(one) == SLOT_HOST
     kernel.run(claim(image, {}, [one]))
     assert list(kernel.tables["ip4_hosts"]) == [other.packed]
+
+
+def test_a_host_that_a_dead_process_left_in_hash_and_block_is_in_the_block_only():
+    kernel, image = Kernel(SIZES), Image(SIZES)
+    kernel.run(image.switch(compiled([])))
+    kernel.run(claim(image, dict.fromkeys(CROWD[:11], WEB)))
+    kernel.run([op for op in claim(image, {CROWD[11]: WEB}) if not isinstance(op, Drop)])
+    assert len(kernel.tables["ip4_hosts"]) == 11
+    heir = Image(SIZES)
+    heir.adopt(kernel_model.leftover(kernel))
+    kernel.run(claim(heir, {CROWD[0]: DB}))
+    assert not kernel.tables["ip4_hosts"]
+    assert kernel.slot(CROWD[0]) == heir.addresses.get(CROWD[0]) != kernel.slot(CROWD[1])
+    assert kernel.slot(CROWD[1]) == heir.addresses.get(CROWD[1])
