@@ -18,8 +18,16 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from clustermesh import wire
-from clustermesh.gojson import Malformed
+from clustermesh.gojson import Malformed, shown
 from clustermesh.kv import Entry, Event
+from clustermesh.services import (
+    Service,
+    ServiceExport,
+    decode_service,
+    decode_service_export,
+    encode_service,
+    encode_service_export,
+)
 from clustermesh.trust import REMOTE_NODE, RangeSet, Trust, cidr_text, node_claims, pod_ranges
 from clustermesh.wire import Cidr, ClusterConfig, IpEntry, Node
 
@@ -82,6 +90,34 @@ class NodeDeleted:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceUpserted:
+    cluster: str
+    service: Service
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceDeleted:
+    """`name` is `<namespace>/<name>`."""
+
+    cluster: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportUpserted:
+    cluster: str
+    export: ServiceExport
+
+
+@dataclass(frozen=True, slots=True)
+class ExportDeleted:
+    """`name` is `<namespace>/<name>`."""
+
+    cluster: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterChanged:
     """Something about the cluster itself: read `Mesh.remotes[cluster]`."""
 
@@ -89,8 +125,9 @@ class ClusterChanged:
 
 
 Change = (
-    IdentityUpserted | IdentityDeleted | IpUpserted | IpDeleted | NodeUpserted | NodeDeleted | ClusterChanged
-)
+    IdentityUpserted | IdentityDeleted | IpUpserted | IpDeleted | NodeUpserted | NodeDeleted
+    | ServiceUpserted | ServiceDeleted | ExportUpserted | ExportDeleted | ClusterChanged
+)  # fmt: skip
 
 
 # --- the parts of a store that are read
@@ -102,6 +139,8 @@ class Kind(Enum):
     NODE = "nodes"
     IDENTITY = "identities"
     IP = "addresses"
+    SERVICE = "services"
+    EXPORT = "service exports"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +162,8 @@ def store_of(cluster: str) -> tuple[Part, ...]:
         (Kind.NODE, f"{wire.NODES}/{cluster}/", f"{wire.CACHE_NODES}/{cluster}/"),
         (Kind.IDENTITY, f"{wire.IDENTITIES}/id/", f"{wire.CACHE_IDENTITIES}/{cluster}/id/"),
         (Kind.IP, f"{wire.IPS}/{wire.ADDRESS_SPACE}/", f"{wire.CACHE_IPS}/{cluster}/"),
+        (Kind.SERVICE, f"{wire.SERVICES}/{cluster}/", f"{wire.CACHE_SERVICES}/{cluster}/"),
+        (Kind.EXPORT, f"{wire.SERVICE_EXPORTS}/{cluster}/", f"{wire.CACHE_SERVICE_EXPORTS}/{cluster}/"),
     )
     parts = [
         Part(Kind.CONFIG, wire.config_key(cluster), cluster=cluster),
@@ -142,6 +183,10 @@ SHARED_STORE = (
     Part(Kind.IDENTITY, f"{wire.CACHE_IDENTITIES}/", cached=True),
     Part(Kind.IP, f"{wire.IPS}/{wire.ADDRESS_SPACE}/"),
     Part(Kind.IP, f"{wire.CACHE_IPS}/", cached=True),
+    Part(Kind.SERVICE, f"{wire.SERVICES}/"),
+    Part(Kind.SERVICE, f"{wire.CACHE_SERVICES}/", cached=True),
+    Part(Kind.EXPORT, f"{wire.SERVICE_EXPORTS}/"),
+    Part(Kind.EXPORT, f"{wire.CACHE_SERVICE_EXPORTS}/", cached=True),
 )
 
 _MARKERS = {
@@ -151,8 +196,15 @@ _MARKERS = {
     wire.CACHE_NODES: (Kind.NODE, True),
     wire.CACHE_IDENTITIES: (Kind.IDENTITY, True),
     wire.CACHE_IPS: (Kind.IP, True),
+    wire.SERVICES: (Kind.SERVICE, False),
+    wire.SERVICE_EXPORTS: (Kind.EXPORT, False),
+    wire.CACHE_SERVICES: (Kind.SERVICE, True),
+    wire.CACHE_SERVICE_EXPORTS: (Kind.EXPORT, True),
 }
-_DATA = (Kind.NODE, Kind.IDENTITY, Kind.IP)
+_POLICY = (Kind.NODE, Kind.IDENTITY, Kind.IP)  # what policy needs to be complete
+_DATA = (*_POLICY, Kind.SERVICE, Kind.EXPORT)
+_NAMED = frozenset({Kind.NODE, Kind.CANARY, Kind.SERVICE, Kind.EXPORT})  # their keys name the cluster
+_KEPT = {"nodes": Kind.NODE, "services": Kind.SERVICE, "exports": Kind.EXPORT}  # on disk as they are written
 _NUMBER = re.compile(rb'"ID":([0-9]{1,10})')
 
 
@@ -179,6 +231,8 @@ class Remote:
     identities: dict[int, tuple[str, ...]] = field(default_factory=dict)
     addresses: int = 0  # keys
     nodes: dict[str, Node] = field(default_factory=dict)
+    services: dict[str, Service] = field(default_factory=dict)  # by `<namespace>/<name>`
+    exports: dict[str, ServiceExport] = field(default_factory=dict)
     node_claims: dict[Cidr, dict[str, int]] = field(default_factory=dict)  # address -> node -> identity
     refused: Counter[str] = field(default_factory=Counter)  # reason -> how often
     refusals: dict[str, str] = field(default_factory=dict)  # key -> why, now; bounded
@@ -199,7 +253,7 @@ class Remote:
     def state(self) -> State:
         if self.config is None:
             return State.REFUSED if self.fault else State.WAITING
-        return State.SYNCED if all(map(self.is_open, _DATA)) else State.SYNCING
+        return State.SYNCED if all(map(self.is_open, _POLICY)) else State.SYNCING
 
     def refuse(self, key: str, error: Malformed) -> None:
         self.refused[error.reason] += 1
@@ -355,6 +409,8 @@ class Mesh:
         self.trust = trust
         for part, book in self._books.items():
             yield from self._chunked(list(book.claims), partial(self._recheck, part))
+            if part.kind is Kind.SERVICE:
+                yield from self._chunked(list(book.owner.items()), partial(self._recheck_service, part))
         yield from self._statuses()
 
     def counts(self, remote: Remote) -> dict[str, int]:
@@ -364,6 +420,8 @@ class Mesh:
             "nodes": len(remote.nodes),
             "identities": len(remote.identities),
             "addresses": remote.addresses,
+            "services": len(remote.services),
+            "exports": len(remote.exports),
             "refused": len(remote.refusals),
             "held": held,
         }
@@ -407,6 +465,12 @@ class Mesh:
                 numbers = list(remote.identities.items())
                 for start in range(0, len(numbers), CHUNK):
                     yield ["identities", remote.name, numbers[start : start + CHUNK]]
+                said = [(name, encode_service(one)) for name, one in remote.services.items()]
+                for start in range(0, len(said), CHUNK):
+                    yield _texts("services", remote, said[start : start + CHUNK])
+                said = [(name, encode_service_export(one)) for name, one in remote.exports.items()]
+                for start in range(0, len(said), CHUNK):
+                    yield _texts("exports", remote, said[start : start + CHUNK])
         for cached, book in self._address_books().items():
             ranges = list(book.claims)
             for start in range(0, len(ranges), CHUNK):
@@ -433,9 +497,9 @@ class Mesh:
             list(self._config(name, rows.encode()))
             if (remote := self.remotes.get(name)) is not None and remote.config is not None:
                 remote.markers = {(Kind[one], cached) for one, cached in markers}
-        elif kind == "nodes":
-            for node, text in rows:
-                changes += self._restore_node(name, node, text.encode())
+        elif kind in _KEPT:
+            for one, text in rows:
+                changes += self._restore_entry(_KEPT[kind], name, one, text.encode())
         elif kind == "identities":
             for number, labels in rows:
                 changes += self._restore_identity(name, number, labels)
@@ -444,8 +508,8 @@ class Mesh:
                 changes += self._restore_address(*row)
         return changes
 
-    def _restore_node(self, cluster: str, name: str, value: bytes) -> Iterable[Change]:
-        part = self._part(Kind.NODE, cluster)
+    def _restore_entry(self, kind: Kind, cluster: str, name: str, value: bytes) -> Iterable[Change]:
+        part = self._part(kind, cluster)
         if part is None:
             return ()
         rest = name if part.cluster else f"{cluster}/{name}"
@@ -559,11 +623,16 @@ class Mesh:
             case Kind.CANARY:
                 return self._marker(part, rest)
             case Kind.NODE:
-                return self._node(part, key, rest, value)
+                read = self._node
             case Kind.IDENTITY:
-                return self._identity(part, key, rest, value)
+                read = self._identity
             case Kind.IP:
-                return self._ip(part, key, rest, value)
+                read = self._ip
+            case Kind.SERVICE:
+                read = self._service
+            case Kind.EXPORT:
+                read = self._export
+        return read(part, key, rest, value)
 
     def _named(self, part: Part, rest: str) -> Remote | None:
         """The cluster that a key names, if its part works that way."""
@@ -571,7 +640,7 @@ class Mesh:
             return self._remote(part.cluster)
         if part.kind is Kind.CONFIG:
             return self._remote(rest) if rest not in self.elsewhere else None
-        if part.cached or part.kind in {Kind.NODE, Kind.CANARY}:
+        if part.cached or part.kind in _NAMED:
             name = rest.partition("/")[0]
             if name in self.elsewhere:
                 raise _Elsewhere
@@ -813,6 +882,47 @@ class Mesh:
         changes.append(NodeUpserted(remote.name, self._believed(remote, node)))
         return changes
 
+    def _service(self, part: Part, key: str, rest: str, value: bytes) -> Iterable[Change]:
+        named = self._named(part, rest)
+        name = _cut(part, rest)[1]
+        remote, config = self._reader(part, named)
+        service = decode_service(name, value, self.trust.compat)
+        self.trust.check_service(remote.name, config.id, service)
+        changes = [*self._own(part, key, remote, len(remote.services), self.trust.quotas.services)]
+        if remote.services.get(name) != service:
+            remote.services[name] = service
+            changes.append(ServiceUpserted(remote.name, service))
+        return changes
+
+    def _export(self, part: Part, key: str, rest: str, value: bytes) -> Iterable[Change]:
+        named = self._named(part, rest)
+        name = _cut(part, rest)[1]
+        remote, _ = self._reader(part, named)
+        export = decode_service_export(name, value, self.trust.compat)
+        if export.cluster != remote.name:
+            raise Malformed(
+                "cluster_mismatch", f"the export is of {shown(export.cluster)}, not {remote.name}"
+            )
+        changes = [*self._own(part, key, remote, len(remote.exports), self.trust.quotas.services)]
+        if remote.exports.get(name) != export:
+            remote.exports[name] = export
+            changes.append(ExportUpserted(remote.name, export))
+        return changes
+
+    def _recheck_service(self, part: Part, found: tuple[str, Remote]) -> Iterable[Change]:
+        """Take back a service that points to what has become ours."""
+        key, remote = found
+        service = remote.services.get(_cut(part, key[len(part.prefix) :])[1])
+        if service is None or remote.config is None:
+            return ()
+        try:
+            self.trust.check_service(remote.name, remote.config.id, service)
+        except Malformed as error:
+            changes = self._delete(part, key)
+            remote.refuse(key, error)
+            return changes
+        return ()
+
     def _believed(self, remote: Remote, node: Node) -> Node:
         """A node with those of its addresses that its cluster may speak for; this host's own node is left whole."""
         if remote.name == self.trust.own_cluster and node.name == self.trust.own_node:
@@ -885,10 +995,13 @@ class Mesh:
         self._speaker = remote
         self._touched.add(remote.name)
         remote.refusals.pop(key, None)
-        rest = key[len(part.prefix) :]
         if found is not None:
             remote.addresses -= 1
             return self._claim(part, remote, found[0], found[1].long, None)
+        return self._gone(part, remote, key[len(part.prefix) :])
+
+    def _gone(self, part: Part, remote: Remote, rest: str) -> Iterable[Change]:
+        """What the deletion of an entry that was in force changes."""
         match part.kind:
             case Kind.IDENTITY:
                 number = int(rest.rpartition("/")[2])
@@ -898,6 +1011,14 @@ class Mesh:
                 name = _cut(part, rest)[1]
                 changes = self._node_addresses(remote, remote.nodes.pop(name, None), None)
                 return [*changes, NodeDeleted(remote.name, name)]
+            case Kind.SERVICE:
+                name = _cut(part, rest)[1]
+                remote.services.pop(name, None)
+                return [ServiceDeleted(remote.name, name)]
+            case Kind.EXPORT:
+                name = _cut(part, rest)[1]
+                remote.exports.pop(name, None)
+                return [ExportDeleted(remote.name, name)]
             case _:
                 return ()  # configurations and markers: their deletion means nothing
 
@@ -930,6 +1051,10 @@ class Mesh:
             yield from self._chunked(list(book.claims), partial(self._ip_left, part, remote))
         numbers, remote.identities = list(remote.identities), {}
         yield from self._chunked(numbers, lambda number: [IdentityDeleted(remote.name, number)])
+        services, remote.services = list(remote.services), {}
+        yield from self._chunked(services, lambda name: [ServiceDeleted(remote.name, name)])
+        exports, remote.exports = list(remote.exports), {}
+        yield from self._chunked(exports, lambda name: [ExportDeleted(remote.name, name)])
         remote.refusals.clear()
         remote.addresses = 0
         remote.held_since = 0.0
@@ -957,9 +1082,11 @@ class Mesh:
         return {key: remote for key, remote in owners.items() if remote in mass}
 
     def _is_mass(self, part: Part, remote: Remote, lost: int) -> bool:
-        size = {Kind.NODE: len(remote.nodes), Kind.IDENTITY: len(remote.identities)}.get(
-            part.kind, remote.addresses
-        )
+        sizes = {
+            Kind.NODE: len(remote.nodes), Kind.IDENTITY: len(remote.identities),
+            Kind.SERVICE: len(remote.services), Kind.EXPORT: len(remote.exports),
+        }  # fmt: skip
+        size = sizes.get(part.kind, remote.addresses)
         return lost >= HOLD_AT_LEAST and lost > HOLD_SHARE * size
 
     def _hold(self, remote: Remote, now: float) -> None:
@@ -1015,6 +1142,10 @@ class Mesh:
             yield changes
 
 
+def _texts(kind: str, remote: Remote, said: Iterable[tuple[str, bytes]]) -> Saved:
+    return [kind, remote.name, [[name, value.decode()] for name, value in said]]
+
+
 def _each(claims: Claims | None) -> tuple[Claim, ...]:
     """One claim or several as a tuple of them."""
     if claims is None:
@@ -1041,7 +1172,7 @@ def _put_claims(book: dict[int, Claims], packed: int, claims: Sequence[Claim]) -
 
 def _cut(part: Part, rest: str) -> tuple[str, str]:
     """The cluster that a key names, or nothing, and what comes after it."""
-    if part.cluster or not (part.cached or part.kind is Kind.NODE):
+    if part.cluster or not (part.cached or part.kind in _NAMED):
         return "", rest
     name, _, rest = rest.partition("/")
     return name, rest

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from clustermesh import wire
 from clustermesh.gojson import Malformed, shown
+from clustermesh.services import Service
 from clustermesh.wire import STRICT, Cidr, ClusterConfig, Compat, IpEntry, Node, WireLabel
 
 HOST = 1
@@ -37,6 +38,7 @@ class Quotas:
     identities: int = 65_535
     addresses: int = 200_000
     nodes: int = 5_000
+    services: int = 20_000  # and as many exports
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,13 @@ class Trust:
 
     def check_node(self, cluster: str, cluster_id: int, node: Node) -> None:
         wire.check_owner(node.cluster, node.cluster_id, cluster, cluster_id, self.max_clusters)
+
+    def check_service(self, cluster: str, cluster_id: int, service: Service) -> None:
+        """Whether a cluster may publish a service with these backends: it must not point us to ourselves."""
+        wire.check_owner(service.cluster, service.cluster_id, cluster, cluster_id, self.max_clusters)
+        if cluster != self.own_cluster and self.compat is STRICT:
+            for address in service.backends or ():
+                self.check_prefix(cluster, wire.parse_cidr(address))
 
 
 def _check_label(label: WireLabel) -> None:

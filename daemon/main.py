@@ -27,7 +27,7 @@ from bpf.layout import Sizes
 from clustermesh.kv import KV, MemoryKV
 from clustermesh.publish import Member
 from clustermesh.settings import DEFAULT_PORT, EtcdSettings
-from daemon.api import app, audit, changes, flows, mesh, metrics, report, resources, status, subject
+from daemon.api import app, audit, changes, flows, mesh, metrics, report, resources, services, status, subject
 from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
@@ -374,6 +374,7 @@ class Daemon:
         yield from resources.routes(self.tables, config.pins, self._files.accept_empty, users)
         yield from audit.routes(self.tables, self._audit.set)
         yield from mesh.routes(self.tables, self._accept_deletions)
+        yield from services.routes(self.tables, config.cluster_name)
         yield from report.routes(self.tables, self._usage)
         yield from changes.routes(self._audit_log)
         yield from subject.routes(

@@ -22,6 +22,7 @@ NOUNS = {
     "panic": {"panic": "let everything pass, or only the failsafe list, at once and without the daemon"},
     "audit": {"audit": "report what would be dropped instead of dropping it, for the host or a policy"},
     "mesh": {"mesh": "other clusters and the shared store", "node": "nodes of all clusters"},
+    "service": {"service": "services of all clusters, and where a new connection goes"},
     "cleanup": {"cleanup": "remove all enforcement from this host"},
     "version": {"version": "versions of command and daemon"},
 }
@@ -30,6 +31,8 @@ ALIASES = {
     "ipcache": "ip",
     "clustermesh": "mesh",
     "nodes": "node",
+    "services": "service",
+    "svc": "service",
     "identities": "identity",
     "conntrack": "ct",
 }

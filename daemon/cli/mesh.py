@@ -48,7 +48,7 @@ def mesh_lines(found: Json) -> list[str]:
     lines = [f"{name:10} {_mark(row)} {printable(row['text'])}" for name, row in heads if row]
     if not store and not files:
         lines.append("store      none: identities come from files")
-    heading = "CLUSTER ID STATE NODES IDENTITIES ADDRESSES REFUSED CONFLICTS HELD REVISION AGE"
+    heading = "CLUSTER ID STATE NODES IDENTITIES ADDRESSES SERVICES REFUSED CONFLICTS HELD REVISION AGE"
     rows: list[tuple[object, ...]] = [tuple(heading.split())]
     rows += [
         (
@@ -58,6 +58,7 @@ def mesh_lines(found: Json) -> list[str]:
             one["nodes"],
             one["identities"],
             one["addresses"],
+            one.get("services", 0),
             one["refused"],
             one.get("conflicts", 0),
             one["held"],

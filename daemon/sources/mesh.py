@@ -24,6 +24,8 @@ from clustermesh.remote import (
     SHARED_STORE,
     Change,
     ClusterChanged,
+    ExportDeleted,
+    ExportUpserted,
     IdentityDeleted,
     IdentityUpserted,
     IpDeleted,
@@ -32,6 +34,8 @@ from clustermesh.remote import (
     NodeDeleted,
     NodeUpserted,
     Remote,
+    ServiceDeleted,
+    ServiceUpserted,
     State,
     store_of,
 )
@@ -40,7 +44,18 @@ from clustermesh.wire import Cidr, Node, parse_cidr
 from daemon.model.identity import Identity
 from daemon.model.labels import Label, parse_label
 from daemon.model.net import Prefix
-from daemon.state.tables import IdentityRow, IpKey, IpRow, NodeKey, NodeRow, StatusRow, Tables
+from daemon.state.table import Followed
+from daemon.state.tables import (
+    IdentityRow,
+    IpKey,
+    IpRow,
+    NodeKey,
+    NodeRow,
+    ServiceKey,
+    ServiceRow,
+    StatusRow,
+    Tables,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +66,14 @@ SAVE_AFTER_S = 5.0  # what changed is on disk this much later, and
 SAVE_SHARE = 50  # at most this small a part of the time is spent on that
 RESOLVE_EVERY_S = 300.0  # names of stores
 TOUCH_S = 30.0  # how exactly the disk knows when the store was last seen
+
+
+Filled = Followed[Identity] | Followed[int] | Followed[NodeKey] | Followed[ServiceKey]
+
+
+def _filled(tables: Tables) -> tuple[Filled, ...]:
+    """The tables that clusters fill."""
+    return (tables.identities, tables.ips, tables.nodes, tables.services, tables.exports)
 
 
 class Arrival:
@@ -68,7 +91,7 @@ class Arrival:
         """This one has told what it has."""
         self._expected.discard(name)
         if not self._expected:
-            for table in (self._tables.identities, self._tables.ips, self._tables.nodes):
+            for table in _filled(self._tables):
                 table.mark_synced()
 
 
@@ -329,6 +352,26 @@ class MeshSource:
                     self._tables.nodes.delete(NodeKey(change.cluster, change.name))
                 case ClusterChanged():
                     self._cluster_changed(change.cluster)
+                case _:
+                    self._apply_service(change, source)
+
+    def _apply_service(
+        self, change: ServiceUpserted | ServiceDeleted | ExportUpserted | ExportDeleted, source: str
+    ) -> None:
+        services, exports = self._tables.services, self._tables.exports
+        match change:
+            case ServiceUpserted():
+                one = change.service
+                services.put(
+                    ServiceKey(one.namespace, one.name, source), ServiceRow(one, is_global=one.shared)
+                )
+            case ServiceDeleted():
+                services.delete(_service_key(change.name, source))
+            case ExportUpserted():
+                export = change.export
+                exports.put(ServiceKey(export.namespace, export.name, source), export)
+            case ExportDeleted():
+                exports.delete(_service_key(change.name, source))
 
     def _cluster_changed(self, name: str) -> None:
         remote = self.mesh.remotes.get(name)
@@ -356,7 +399,7 @@ class MeshSource:
         lost_since = self.follower.lost_since
         for remote in self.mesh.remotes.values():
             source = f"mesh:{remote.name}"
-            for table in (self._tables.identities, self._tables.ips, self._tables.nodes):
+            for table in _filled(self._tables):
                 if lost_since:
                     table.stale_since[source] = lost_since
                 else:
@@ -450,6 +493,11 @@ class MeshSource:
 def _label(text: str) -> Label:
     """Most labels belong to many identities: one object for all of them."""
     return parse_label(text)
+
+
+def _service_key(name: str, source: str) -> ServiceKey:
+    namespace, _, service = name.partition("/")
+    return ServiceKey(namespace, service, source)
 
 
 def _touch(path: Path) -> None:

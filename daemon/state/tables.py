@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from clustermesh.services import Service, ServiceExport
 from daemon.model.identity import Identity
 from daemon.model.labels import LabelSet
 from daemon.model.net import Prefix, compact, expand
@@ -65,6 +66,33 @@ class NodeRow:
     labels: LabelSet
     identity: Identity
     source: str
+
+
+class ServiceKey(NamedTuple):
+    """One claim: each source (`local` or `mesh:<cluster>`) may say something about a service of this name.
+
+    state/services.py makes one service of them.
+    """
+
+    namespace: str
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRow:
+    """What a source says. `affinity` is this host's wish: `local`, `remote` or empty; others' is not known.
+
+    `is_global`: merged with what others say. `unhealthy`: backend address -> what its check found; these are in
+    `service` too, and in nothing that is published.
+    """
+
+    service: Service
+    is_global: bool = True
+    affinity: str = ""
+    unhealthy: Mapping[str, str] = field(default_factory=dict)
+    file: str = ""
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +247,8 @@ class Tables:
     identities: Table[Identity, IdentityRow] = field(default_factory=lambda: Table("identities"))
     ips: IpTable = field(default_factory=lambda: IpTable("ips"))
     nodes: Table[NodeKey, NodeRow] = field(default_factory=lambda: Table("nodes"))
+    services: Table[ServiceKey, ServiceRow] = field(default_factory=lambda: Table("services"))
+    exports: Table[ServiceKey, ServiceExport] = field(default_factory=lambda: Table("exports"))
     devices: Table[int, Device] = field(default_factory=lambda: Table("devices"))  # by index
     # the one key is `own`: addresses of this host, known before its labels are
     own: Table[str, frozenset[Prefix]] = field(default_factory=lambda: Table("own"))

@@ -13,9 +13,12 @@ from clustermesh.remote import (
     Mesh,
     NodeUpserted,
     Part,
+    ServiceDeleted,
+    ServiceUpserted,
     State,
 )
-from clustermesh.trust import Trust
+from clustermesh.services import Port, Service, encode_service
+from clustermesh.trust import Quotas, Trust
 
 WEB, OTHER = 131073, 196609  # of west (2) and north (3)
 PART = {part.prefix: part for part in SHARED_STORE}
@@ -340,3 +343,71 @@ def test_a_store_that_lost_everything_is_looked_at_in_small_pieces() -> None:
     assert len(pieces) >= 20, "others get a turn every few hundred keys"
     assert not store.changes(pieces)
     assert store.mesh.counts(store.mesh.remotes["west"])["held"] == 5000
+
+
+def service(name: str, cluster: str, number: int, *backends: str) -> tuple[str, bytes]:
+    ports = {one: {"http": Port("TCP", 8080)} for one in backends}
+    found = Service(cluster, "prod", name, backends=ports, shared=True, cluster_id=number)
+    return wire.service_key(cluster, "prod", name), encode_service(found)
+
+
+def test_a_service_waits_for_the_marker_of_services_and_of_nothing_else() -> None:
+    store = Store()
+    store.cluster("west", 2, canaries=True)
+    for resource in (wire.NODES, wire.IDENTITIES, wire.IPS):
+        store.put(wire.canary_key("west", resource), b"x")
+    assert store.mesh.remotes["west"].state is State.SYNCED
+    assert store.put(*service("web", "west", 2, "10.1.0.5")) == []
+    [change] = store.put(wire.canary_key("west", wire.SERVICES), b"x")
+    assert isinstance(change, ServiceUpserted)
+    assert list(change.service.backends or ()) == ["10.1.0.5"]
+    assert store.put(service("web", "west", 2)[0], None) == [ServiceDeleted("west", "prod/web")]
+
+
+def test_a_mirrored_service_is_read_from_the_cache_only() -> None:
+    store = Store()
+    store.cluster("west", 2, cached=True)
+    key, value = service("web", "west", 2, "10.1.0.5")
+    assert store.put(key, value) == []
+    [change] = store.put(key.replace(wire.SERVICES, wire.CACHE_SERVICES), value)
+    assert isinstance(change, ServiceUpserted)
+
+
+def test_a_service_that_points_to_us_or_is_anothers_is_refused_and_counted() -> None:
+    trust = Trust("east", 1, own_addresses=frozenset({wire.parse_cidr("10.9.0.1")}))
+    store = Store(trust)
+    store.cluster("west", 2)
+    for backend in ("10.9.0.1", "127.0.0.1", "169.254.1.1"):
+        assert store.put(*service("web", "west", 2, backend)) == []
+    assert store.put(service("web", "west", 2)[0], service("web", "north", 3, "10.1.0.5")[1]) == []
+    assert store.put(*service("web", "west", 3, "10.1.0.5")) == []
+    refused = store.mesh.remotes["west"].refused
+    assert refused["our_address"] == 1
+    assert refused["special_address"] == 2
+    assert sum(refused.values()) == 5
+
+
+def test_a_service_goes_when_its_backend_becomes_ours() -> None:
+    store = Store()
+    store.cluster("west", 2)
+    store.put(*service("web", "west", 2, "10.9.0.1"))
+    changes = store.changes(store.mesh.protect("e1", [wire.parse_cidr("10.9.0.1")]))
+    assert changes == [ServiceDeleted("west", "prod/web")]
+
+
+def test_more_services_than_the_quota_are_refused_and_counted() -> None:
+    store = Store(Trust("east", 1, quotas=Quotas(services=2)))
+    store.cluster("west", 2)
+    for number in range(4):
+        store.put(*service(f"web-{number}", "west", 2, "10.1.0.5"))
+    remote = store.mesh.remotes["west"]
+    assert (sorted(remote.services), remote.refused["quota"]) == (["prod/web-0", "prod/web-1"], 2)
+
+
+def test_services_are_kept_on_disk_and_come_back() -> None:
+    store = Store()
+    store.cluster("west", 2)
+    store.put(*service("web", "west", 2, "10.1.0.5"))
+    again = Store()
+    changes = again.changes(again.mesh.restore(list(store.mesh.dump())))
+    assert [type(one) for one in changes] == [ServiceUpserted]

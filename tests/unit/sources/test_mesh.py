@@ -6,11 +6,12 @@ import pytest
 
 from clustermesh import wire
 from clustermesh.kv import MemoryKV
+from clustermesh.services import Port, Service, ServiceExport, encode_service, encode_service_export
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import parse_prefix
 from daemon.sources.mesh import MeshSource
-from daemon.state.tables import HostRow, IpKey, NodeKey, Tables
+from daemon.state.tables import HostRow, IpKey, NodeKey, ServiceKey, Tables
 
 WEB = 131073
 METRICS = 131074
@@ -110,7 +111,7 @@ async def test_a_lost_store_changes_no_row_and_says_since_when(
         await kv.delete(wire.ip_key("10.1.0.5"))
         await until(lambda: IpKey(parse_prefix("10.1.0.6"), "mesh:west") in tables.ips)
         await until(lambda: IpKey(parse_prefix("10.1.0.5"), "mesh:west") not in tables.ips)
-        assert not tables.ips.stale_since
+        await until(lambda: not tables.ips.stale_since)  # services are listed after addresses
         assert tables.status["mesh:west"].ok
 
 
@@ -193,3 +194,26 @@ async def test_a_listing_that_is_still_coming_is_waited_for_and_one_that_is_not_
             source.follower.pages += 1
             assert not tables.ips.synced
         await until(lambda: tables.ips.synced)
+
+
+async def test_services_and_exports_become_rows_and_go_with_their_keys(
+    tables: Tables, kv: MemoryKV, running, until
+) -> None:
+    await put_cluster(kv)
+    web = Service("west", "prod", "web", backends={"10.1.0.5": {"http": Port("TCP", 80)}}, cluster_id=2)
+    key = wire.service_key("west", "prod", "web")
+    await kv.put(key, encode_service(web))
+    export = ServiceExport("west", "web", "prod", "2026-01-01T00:00:00Z", (), "ClusterSetIP", "None")
+    await kv.put(wire.service_export_key("west", "prod", "web"), encode_service_export(export))
+    row = ServiceKey("prod", "web", "mesh:west")
+    async with running(make(tables, kv)):
+        await until(lambda: row in tables.services and row in tables.exports)
+        assert tables.services[row].service == web
+        assert not tables.services[row].is_global
+        assert tables.services.synced
+        assert tables.status["mesh:west"].details["services"] == 1
+        await kv.delete(key)
+        await until(lambda: row not in tables.services)
+        kv.cut()
+        await until(lambda: "mesh:west" in tables.exports.stale_since)
+        assert tables.exports[row] == export
