@@ -256,6 +256,7 @@ class Allocator:
                     self.problems[labels] = str(error)
                     log.warning("no identity for %s: %s", labels, error)
                 left.discard(labels)
+                await asyncio.sleep(0)  # the embedded store never waits for anything
             if not left:
                 done.set()
 

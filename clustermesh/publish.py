@@ -32,6 +32,7 @@ RECHECK_S = 300.0  # between two looks at whether what we wrote is still there
 _CANARIES = (wire.IDENTITIES, wire.IPS, wire.NODES, wire.SERVICES, wire.SERVICE_EXPORTS)
 _HOST = "host"  # the group of this host's own addresses
 _CHUNK, _CHUNK_BYTES = 60, 256 << 10  # keys of one transaction, and their bytes
+_AT_ONCE = 500  # addresses between two turns of others
 _REMEMBERED = 100_000  # keys of an earlier run that are looked after, at most
 
 
@@ -183,14 +184,19 @@ class Publisher:
         self.allocator.want(one.labels for _, addresses in self._groups.values() for one in addresses)
         self._changed.set()
 
-    def _desired(self) -> tuple[dict[str, bytes], set[str]]:
-        """The keys as they shall be, and those that wait for the number of their identity."""
+    async def _desired(self) -> tuple[dict[str, bytes], set[str]]:
+        """The keys as they shall be, and those that wait for the number of their identity.
+
+        Others get their turn meanwhile: what changes then is seen in the next round.
+        """
         desired: dict[str, bytes] = {}
         pending: set[str] = set()
         own = self._host.address if self._host else ""
-        for keys, addresses in self._groups.values():
+        for keys, addresses in tuple(self._groups.values()):
             desired |= keys
-            for one in addresses:
+            for index, one in enumerate(addresses):
+                if index % _AT_ONCE == _AT_ONCE - 1:
+                    await asyncio.sleep(0)
                 number = self.allocator.number(one.labels)
                 if number is None:
                     pending.add(_ip_key(one.prefix))
@@ -250,7 +256,7 @@ class Publisher:
 
     async def _write(self) -> None:
         """The keys, and then the markers that say the keys are there."""
-        desired, pending = self._desired()
+        desired, pending = await self._desired()
         await self._keep_in_mind(desired)
         await self._put_all(desired)
         await self._delete_all((self.written.keys() | self._leftovers.keys()) - desired.keys() - pending)
@@ -273,6 +279,7 @@ class Publisher:
         for key in self.conflicts.keys() - desired.keys():
             del self.conflicts[key]
         for chunk in _chunks(todo):
+            await asyncio.sleep(0)  # the embedded store never waits for anything
             done = await self._kv.commit([self._as_known(one.key) for one in chunk], chunk)
             if done.done:
                 for one in chunk:

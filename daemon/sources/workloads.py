@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 GROUP = "workloads"
 MAX_ADDRESSES = 8_192  # of all workloads of a host: each round looks at all of them
+AT_ONCE = 500  # of them between two turns of others
 SETTLE_S = 0.02  # numbers that come this close together are one look
 _FIELDS = ("name", "namespace", "labels", "serviceAccount", "namespaceLabels", "addresses")
 _MAX_LABELS, _MAX_KEY, _MAX_VALUE = 60, 317, 63  # what receivers take; the rest is for labels that are added
@@ -167,7 +168,7 @@ class WorkloadFiles:
         self._publisher = publisher
         self._cluster = cluster
         self._identities: dict[Identity, IdentityRow] = {}  # rows of ours
-        self._ips: set[IpKey] = set()
+        self._ips: dict[IpKey, IpRow] = {}
         self._workloads: Mapping[str, Sequence[Workload]] = {}
         self._claimed: Mapping[Cidr, Address] = {}
         self._wake = asyncio.Event()
@@ -190,7 +191,7 @@ class WorkloadFiles:
                 await self._wake.wait()
                 await asyncio.sleep(SETTLE_S)
                 self._wake.clear()
-                self._rows()
+                await self._rows()
 
     def numbers_changed(self) -> None:
         """Some label set may have got another number."""
@@ -202,27 +203,30 @@ class WorkloadFiles:
         self._publisher.want(GROUP, addresses=tuple(self._claimed.values()))
         self._wake.set()
 
-    def _rows(self) -> None:
+    async def _rows(self) -> None:
         """What is known of our workloads here, be the store within reach or not."""
-        claimed = self._claimed
-        numbers = self._publisher.allocator.known
+        claimed, numbers = self._claimed, self._publisher.allocator.known
+        tables = self._tables
         identities: dict[Identity, IdentityRow] = {}
         ips: dict[IpKey, IpRow] = {}
-        for cidr, one in claimed.items():
-            if one.labels in numbers:
-                number = Identity(numbers[one.labels])
+        for index, (cidr, one) in enumerate(claimed.items()):
+            if index % AT_ONCE == AT_ONCE - 1:
+                await asyncio.sleep(0)
+            if one.labels not in numbers:
+                continue
+            number = Identity(numbers[one.labels])
+            if number not in identities:
                 identities[number] = IdentityRow(_label_set(one.labels), LOCAL)
-                ips[IpKey(Prefix(*cidr), LOCAL)] = IpRow(number, one.pod, one.namespace)
-        tables = self._tables
-        for number, row in identities.items():
-            tables.identities.put(number, row)
-        for key, claim in ips.items():
-            tables.ips.put(key, claim)
-        for key in self._ips - ips.keys():
+                tables.identities.put(number, identities[number])
+            key = IpKey(Prefix(*cidr), LOCAL)
+            ips[key] = IpRow(number, one.pod, one.namespace)
+            if self._ips.get(key) != ips[key]:
+                tables.ips.put(key, ips[key])
+        for key in self._ips.keys() - ips.keys():
             tables.ips.delete(key)
         for number in self._identities.keys() - identities.keys():
             self._hand_over(number)
-        self._identities, self._ips = identities, set(ips)
+        self._identities, self._ips = identities, ips
         self._status(len(claimed), sum(1 for one in claimed.values() if one.labels not in numbers))
 
     def _hand_over(self, number: Identity) -> None:
