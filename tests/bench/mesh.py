@@ -11,6 +11,7 @@ nothing to do, with 50 clusters of 200 hosts in the etcd, of which each rewrites
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from typing import Any
 from clustermesh import wire
 from clustermesh.etcd import EtcdKV
 from clustermesh.etcdpb import etcd_pb2 as pb
+from clustermesh.kv import ConnectionLost
 from clustermesh.settings import EtcdSettings
 from daemon.sources.mesh import MeshSource
 from daemon.state.tables import Tables
@@ -53,18 +55,13 @@ def start_etcd(directory: str) -> tuple[subprocess.Popen[bytes], str]:
     return process, client
 
 
+def config(name: str, number: int) -> tuple[str, bytes]:
+    return wire.config_key(name), wire.encode_config(wire.ClusterConfig(number, max_clusters=255))
+
+
 async def fill(endpoint: str, addresses: int, identities: int) -> None:
     clusters = -(-addresses // CLUSTER)
-    kv = EtcdKV(EtcdSettings((endpoint,)))
-    for _ in range(100):
-        try:
-            for cluster in range(2, clusters + 2):
-                config = wire.ClusterConfig(cluster, max_clusters=255)
-                await kv.put(wire.config_key(f"west{cluster}"), wire.encode_config(config))
-            break
-        except Exception:  # noqa: BLE001 - it is starting
-            await asyncio.sleep(0.1)
-    pairs: list[tuple[str, bytes]] = []
+    pairs = [config(f"west{cluster}", cluster) for cluster in range(2, clusters + 2)]
     each = identities // clusters
     for number in [(cluster << 16) + 1 + one for cluster in range(2, clusters + 2) for one in range(each)]:
         labels = [f"k8s:app=app-{number}", "k8s:io.kubernetes.pod.namespace=prod",
@@ -75,6 +72,17 @@ async def fill(endpoint: str, addresses: int, identities: int) -> None:
         identity = ((2 + number % clusters) << 16) + 1 + number % each
         entry = wire.ip_entry(text, identity, "192.168.5.1", "prod", f"pod-{number}")
         pairs.append((wire.ip_key(text), wire.encode_ip(entry)))
+    await put_all(endpoint, pairs)
+
+
+async def put_all(endpoint: str, pairs: Sequence[tuple[str, bytes]]) -> None:
+    """A hundred keys at a time, once the etcd has started."""
+    kv = EtcdKV(EtcdSettings((endpoint,)))
+    for _ in range(100):
+        with contextlib.suppress(ConnectionLost):
+            await kv.get("x")
+            break
+        await asyncio.sleep(0.1)
     session = await kv._connected()
     for start in range(0, len(pairs), 100):
         puts = [
@@ -294,21 +302,18 @@ def enforced(base: Path, endpoint: str, addresses: int, stop_etcd: Callable[[], 
 
 async def idle(endpoint: str, clusters: int = 50, hosts: int = 200, seconds: float = 60) -> dict[str, float]:
     """CPU share of a reader of many clusters while their hosts do what they always do."""
-    writer = EtcdKV(EtcdSettings((endpoint,)))
-    keys = []
+    keys, rest = [], []
     for number in range(2, clusters + 2):
         name = f"c{number}"
-        await writer.put(
-            wire.config_key(name), wire.encode_config(wire.ClusterConfig(number, max_clusters=255))
-        )
+        rest.append(config(name, number))
         for host in range(hosts):
             address = wire.ip_text(4, (10 << 24) + (number << 16) + host + 1)
             node = wire.Node(f"n{host}", name, (wire.NodeAddress("InternalIP", address),), cluster_id=number)
             keys.append((wire.node_key(name, node.name), wire.encode_node(node)))
             entry = wire.IpEntry(address, host_ip=address, identity=1)
-            await writer.put(wire.ip_key(address), wire.encode_ip(entry))
-    for pair in keys:
-        await writer.put(*pair)
+            rest.append((wire.ip_key(address), wire.encode_ip(entry)))
+    await put_all(endpoint, [*rest, *keys])
+    writer = EtcdKV(EtcdSettings((endpoint,)))
     command = [sys.executable, "-P", __file__, "--idler", endpoint, "--addresses", str(len(keys))]
     process = subprocess.Popen(command)  # noqa: ASYNC220 - nothing else runs yet
     await asyncio.sleep(15)
