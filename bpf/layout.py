@@ -409,7 +409,7 @@ class Sizes:
     prefixes6: int = 1 << 17
     conntrack: int = 1 << 17
     half_open: int = 1 << 16
-    fragments: int = 8_192
+    fragments: int = 1 << 15
     events_bytes: int = 1 << 20
 
 

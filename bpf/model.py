@@ -28,6 +28,7 @@ from bpf.layout import (
     PacketClass,
     Panic,
     Reason,
+    Sizes,
 )
 
 TCP, UDP, SCTP, ICMP4, ICMP6, IGMP = 6, 17, 132, 1, 58, 2
@@ -419,7 +420,7 @@ class Host:
     flows: set[Flow] = field(default_factory=set)
     datagrams: set[Datagram] = field(default_factory=set)
     denied_datagrams: set[Datagram] = field(default_factory=set)
-    fragment_share: int = 512  # datagrams of one source at a time
+    fragment_share: int = Sizes().fragments // 16  # datagrams of one source at a time
 
     def judge(
         self, frame: bytes, direction: Direction, *, forwarded: bool = False, keeps_state: bool = True
@@ -544,14 +545,14 @@ class Host:
             self.denied_datagrams.add(datagram)
         elif datagram in self.denied_datagrams:
             return Reason.FRAG_DENIED
-        elif datagram not in self.datagrams and self._held(packet.src) >= self.fragment_share:
+        elif direction is Direction.INGRESS and datagram not in self.datagrams and self._is_full(packet.src):
             return Reason.FRAG_TABLE_FULL
         else:
             self.datagrams.add(datagram)
         return reason
 
-    def _held(self, source: bytes) -> int:
-        return sum(datagram[0] == source for datagram in self.datagrams)
+    def _is_full(self, source: bytes) -> bool:
+        return sum(datagram[0] == source for datagram in self.datagrams) >= self.fragment_share
 
     def _is_ours(self, packet: Packet) -> bool:
         if packet.group or not packet.family or self.policy.flags & ConfigFlag.ALL_OURS:

@@ -176,7 +176,7 @@ class MapSizes(Section):
         le=1 << 24,
         description="connections that are still being opened, for each family: they have a table of their own",
     )
-    fragments: int = Field(default=8_192, ge=64, le=1 << 20, description="fragmented datagrams at a time")
+    fragments: int = Field(default=1 << 15, ge=64, le=1 << 20, description="fragmented datagrams at a time")
     events_bytes: int = Field(
         default=1 << 20, ge=4096, le=1 << 28, description="ring of events; a power of two"
     )

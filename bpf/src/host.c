@@ -72,8 +72,7 @@ judge_by_policy(const struct packet *p, const struct scope *s, struct outcome *o
 static __always_inline void tie_fragments(const struct packet *p, const struct scope *s, struct outcome *o)
 {
 	int pass = o->reason < REASON_POLICY_DEFAULT || is_audited(s, o);
-
-	__u32 tied = p->class == CLASS_FRAG_FIRST ? frag_remember(p, cell_rule(o->cell), pass) : 0;
+	__u32 tied = p->class == CLASS_FRAG_FIRST ? frag_remember(p, s, cell_rule(o->cell), pass) : 0;
 
 	if (tied && pass) {
 		o->reason = tied;

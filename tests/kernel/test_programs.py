@@ -728,6 +728,28 @@ def test_one_sender_of_fragments_cannot_push_out_those_of_others(rig: Rig) -> No
     assert rig.run(Hook.XDP, later).passes, "what came before the flood"
 
 
+def test_what_this_host_sends_in_fragments_has_no_share_to_exceed(rig: Rig) -> None:
+    rig.install(Policy(ADDRESSES, default={Direction.EGRESS: ALLOW}))
+    share = rig.sizes.fragments // 16
+    for number in range(2 * share):
+        datagram = frames.udp_datagram(53, 40_000, bytes(16))
+        sent = frames.ip(US, STRANGER, 17, datagram, identification=number, fragment=1)
+        assert rig.run(Hook.TCX_EGRESS, sent).passes, number
+
+
+def test_a_trace_knows_that_a_sender_of_fragments_has_had_its_share(rig: Rig) -> None:
+    rig.install(Policy(ADDRESSES, default={Direction.INGRESS: ALLOW}))
+    share = rig.sizes.fragments // 16
+    for number in range(share):
+        assert rig.run(Hook.XDP, first_fragment(STRANGER, number)).passes
+    before = contents(rig)
+    for number, reason in ((share, Reason.FRAG_TABLE_FULL), (0, Reason.FORWARDED)):
+        found = rig.trace(Hook.XDP, first_fragment(STRANGER, number))
+        assert found.event is not None
+        assert found.event["reason"] == reason
+    assert contents(rig) == before
+
+
 # A traced packet leaves nothing behind.
 
 
