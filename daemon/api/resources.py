@@ -10,7 +10,7 @@ from aiohttp import web
 
 from bpf.syscall import LayoutMismatch
 from daemon.api.app import ApiError, Json, stream_rows
-from daemon.datapath.conntrack import Conntrack, CtRow
+from daemon.datapath.conntrack import ESTABLISHED, HALF_OPEN, Conntrack, CtRow
 from daemon.model.flow import rule_name
 from daemon.model.identity import Identity, Reserved, reserved_labels, reserved_name
 from daemon.model.labels import LabelSet, format_labels, parse_labels
@@ -68,8 +68,9 @@ def routes(
         rows = await asyncio.to_thread(_connections, pins)
         return await stream_rows(request, {}, "connections", map(ct_json, rows))
 
-    async def flush(_: web.Request) -> web.StreamResponse:
-        return web.json_response({"flushed": await asyncio.to_thread(_flush, pins)})
+    async def flush(request: web.Request) -> web.StreamResponse:
+        wanted = connections_of(request.query)
+        return web.json_response({"flushed": await asyncio.to_thread(_flush, pins, wanted)})
 
     return [
         web.get("/v1/policies", policies),
@@ -344,9 +345,29 @@ def _connections(pins: Path) -> list[CtRow]:
         return rows
 
 
-def _flush(pins: Path) -> int:
+def _flush(pins: Path, wanted: Callable[[CtRow], bool]) -> int:
     with _opened(pins) as table:
-        return table.flush()
+        return table.flush(wanted)
+
+
+def connections_of(query: Mapping[str, str]) -> Callable[[CtRow], bool]:
+    """Those with `address` (or in that prefix) and `port` at either end, in `state`; empty or missing means any."""
+    if unknown := set(query) - {"address", "port", "state"}:  # must not forget more than was meant
+        raise ApiError(400, f"{min(unknown)}: expected address, port or state")
+    within, port, state = _prefix(query.get("address", "")), query.get("port", ""), query.get("state", "")
+    if port and not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ApiError(400, f"port: {port!r}: expected a number to 65535")
+    if state and state not in (HALF_OPEN, ESTABLISHED):
+        raise ApiError(400, f"state: {state!r}: expected {HALF_OPEN} or {ESTABLISHED}")
+
+    def wanted(row: CtRow) -> bool:
+        return (
+            (within is None or any(within.contains(parse_prefix(one)) for one in (row.local, row.remote)))
+            and (not port or int(port) in (row.local_port, row.remote_port))
+            and state in ("", row.state)
+        )
+
+    return wanted
 
 
 def _opened(pins: Path) -> Conntrack:

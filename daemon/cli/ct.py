@@ -4,7 +4,9 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from daemon.cli.client import DaemonError, Json, ask, fail, listing, output_option, span, table
+from daemon.cli.client import DaemonError, Json, ask, fail, filters, listing, output_option, span, table
+
+FILTERS = filters("address", "port", "state")
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,8 +17,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     output_option(many)
     many.set_defaults(run=listing("/v1/ct", _lines))
     flush = verbs.add_parser(
-        "flush", help="forget all of them: replies that no rule allows are cut until the connection is new"
+        "flush",
+        help="forget them, or those that are named: replies that no rule allows are cut until the connection is new",
     )
+    flush.add_argument("--address", default="", metavar="CIDR", help="with an end in it")
+    flush.add_argument("--port", default="", metavar="PORT", help="at either end")
+    flush.add_argument("--state", default="", choices=["half-open", "established"], help="in this state")
     flush.set_defaults(run=_flush)
 
 
@@ -48,7 +54,7 @@ def _endpoint(address: str, port: int) -> str:
 
 def _flush(options: argparse.Namespace) -> int:
     try:
-        found = json.loads(ask(options, "/v1/ct", "DELETE"))
+        found = json.loads(ask(options, "/v1/ct", "DELETE", **FILTERS(options)))
     except DaemonError as error:
         return fail(error)
     print(f"{found['flushed']} connections forgotten")

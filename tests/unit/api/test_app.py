@@ -11,8 +11,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from bpf.layout import CtFlag
 from daemon.api import resources, status
 from daemon.api.app import Api, ApiError, stream_rows
+from daemon.datapath.conntrack import CtRow
 from daemon.model.identity import Identity
 from daemon.model.labels import parse_labels
 from daemon.model.net import Direction, parse_prefix
@@ -131,6 +133,28 @@ async def test_identities_are_found_by_number_and_name(ask: Ask) -> None:
     assert found["labels"] == ["reserved:world"]
     for nobody in ("99", "nobody"):
         assert (await ask(f"/v1/identities/{nobody}"))[0] in (400, 404)
+
+
+def test_connections_to_forget_are_those_that_match_all_that_is_asked() -> None:
+    rows = {
+        "a": CtRow(4, "half-open", 6, "10.0.0.1", 22, "192.0.2.9", 4000, "in", CtFlag(0), 2, 1, 1),
+        "b": CtRow(4, "established", 6, "10.0.0.1", 22, "192.0.2.9", 4001, "in", CtFlag(0), 2, 1, 1),
+        "c": CtRow(6, "established", 17, "fd00::1", 53, "fd00::2", 22, "out", CtFlag(0), 2, 1, 1),
+    }
+
+    def forgets(**query: str) -> str:
+        wanted = resources.connections_of(query)
+        return "".join(name for name, row in rows.items() if wanted(row))
+
+    assert forgets() == "abc"
+    assert forgets(address="192.0.2.0/24") == "ab"
+    assert forgets(address="fd00::2") == "c"
+    assert forgets(port="22") == "abc"
+    assert forgets(port="4001") == "b"
+    assert forgets(port="22", state="established", address="10.0.0.1") == "b"
+    for wrong in ({"port": "x"}, {"port": "65536"}, {"state": "open"}, {"address": "web"}, {"adress": "::"}):
+        with pytest.raises(ApiError):
+            resources.connections_of(wrong)
 
 
 async def test_a_rule_in_force_is_traced_to_its_line(ask: Ask, tables: Tables) -> None:

@@ -46,6 +46,7 @@ ANSWERS: dict[str, object] = {
                                     "origin": "in", "flags": ["SEEN_REPLY"], "age_s": 3,
                                     "expires_s": 200}]},
     "DELETE /v1/ct": {"flushed": 4},
+    "DELETE /v1/ct?address=10.0.0.0%2F8&port=80&state=half-open": {"flushed": 1},
     "POST /v1/policies/accept-empty": {"accepted": False},
 }  # fmt: skip
 
@@ -123,6 +124,10 @@ def test_waiting_ends_after_the_given_time(run) -> None:
         (("identity", "ls"), "7         local   k8s:a=b"),
         (("ct", "list"), "TCP    [fd00::1]:80  <-  [fd00::2]:9  established  3s   3m       SEEN_REPLY"),
         (("ct", "flush"), "4 connections forgotten"),
+        (
+            ("ct", "flush", "--address", "10.0.0.0/8", "--port", "80", "--state", "half-open"),
+            "1 connections forgotten",
+        ),
         (("policy", "list"), "f:3:1: error: spec: wrong"),
         (("policy", "accept-empty"), "nothing to accept: the directory was not emptied"),
         (("version",), "daemon  9.9"),
