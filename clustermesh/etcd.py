@@ -251,6 +251,11 @@ class EtcdKV:
         reply = pb.AuthRoleResponse if method.startswith("Role") else pb.AuthUserResponse
         return await self._unary(lambda one: one.unary("Auth", method, reply), request)
 
+    async def alarms(self) -> Sequence[str]:
+        """What the member that we are connected to complains of. Raises KVError."""
+        reply = await self._unary(lambda one: one.status, pb.StatusRequest())
+        return tuple(reply.errors)
+
     # -- connecting
 
     async def _connected(self) -> _Session:

@@ -344,7 +344,12 @@ class Publisher:
         return Compare(key, "mod_revision", known.revision if known else 0)
 
     def _holder(self, found: Entry) -> str:
-        """Who else uses an address; empty if nobody does. Keys of addresses do not name their cluster."""
+        """Who else uses an address or a service's name; empty if nobody does.
+
+        Keys of addresses do not name their cluster, those of services not their host.
+        """
+        if found.key.startswith((f"{wire.SERVICES}/", f"{wire.SERVICE_EXPORTS}/")):
+            return self._other_host(found)
         if not found.key.startswith(wire.IPS) or self._leftovers.get(found.key, "").encode() == found.value:
             return ""
         if found.key in self.written and self.written[found.key].value == found.value:
@@ -357,6 +362,19 @@ class Publisher:
         if entry.host_ip in ours:
             return ""
         return entry.host_ip or f"identity {entry.identity}"
+
+    def _other_host(self, found: Entry) -> str:
+        """A host of our cluster that publishes a service of ours; its lease ends when it is gone."""
+        ours = self._leftovers.get(found.key, "").encode() == found.value
+        known = self.written.get(found.key)
+        if (
+            ours
+            or not found.lease
+            or found.lease in self.leases.all
+            or (known and known.value == found.value)
+        ):
+            return ""
+        return "another host of our cluster"
 
     async def _keep_in_mind(self, desired: Mapping[str, bytes]) -> None:
         """What another life has to know, before it is written: its keys, and the numbers of its label sets."""
@@ -376,7 +394,7 @@ class Publisher:
         """Whether the cluster is what we think it is; says who we are if nobody did. Raises _Refused."""
         member = self.member
         key = wire.config_key(member.cluster)
-        ours = ClusterConfig(member.cluster_id, True, False, member.max_clusters, False)
+        ours = ClusterConfig(member.cluster_id, True, False, member.max_clusters, True)
         if await self._kv.create(key, wire.encode_config(ours), await self.leases.of(key)):
             return
         found = await self._kv.get(key)

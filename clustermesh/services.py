@@ -217,7 +217,7 @@ def decode_service_export(name: str, value: bytes, compat: Compat = STRICT) -> S
         gojson.string(found.get("cluster"), "cluster"),
         gojson.string(found.get("name"), "name"),
         gojson.string(found.get("namespace"), "namespace"),
-        _time(found.get("exportCreationTimestamp")),
+        export_time(found.get("exportCreationTimestamp")),
         gojson.array(found.get("ports"), _export_port, "ports"),
         gojson.string(found.get("type"), "type"),
         gojson.string(found.get("sessionAffinity"), "sessionAffinity"),
@@ -249,7 +249,7 @@ def _export_port(value: Json, where: str) -> ExportPort:
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
-def _time(value: Json) -> str:
+def export_time(value: Json) -> str:
     """A time as Kubernetes writes it: UTC, whole seconds. Empty for null and for year 1, its zero."""
     if value is None:
         return ""

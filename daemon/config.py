@@ -265,6 +265,10 @@ class Config(Section):
         description="directory of this host's workloads, watched: their labels get identities, their "
         "addresses are published (with etcd this needs publish and cluster_id)",
     )
+    services_dir: Path = Field(
+        default=Path("/etc/meshwall/services.d"),
+        description="directory of this host's services and their exports, watched: global ones are published",
+    )
     pins: Path = Field(
         default=Path("/sys/fs/bpf/meshwall"), description="bpf file system directory of programs and maps"
     )

@@ -52,6 +52,7 @@ from daemon.sources.host import HostSource
 from daemon.sources.mesh import Arrival, MeshSource, Shared
 from daemon.sources.meshdir import MeshDirectory
 from daemon.sources.publisher import MeshPublisher
+from daemon.sources.services import GROUP as SERVICES
 from daemon.sources.static import IdentitiesFile
 from daemon.sources.workloads import GROUP as WORKLOADS
 from daemon.sources.workloads import WorkloadFiles
@@ -319,7 +320,7 @@ class Daemon:
             member,
             state_dir=config.state_dir,
             boot_id=_boot_id(),
-            expect=(WORKLOADS,),
+            expect=(WORKLOADS, SERVICES),
         )
 
     def _mesh_source(self, name: str, kv: KV, only: str = "") -> MeshSource:

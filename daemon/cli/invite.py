@@ -98,6 +98,7 @@ def _role(role: rights.Role) -> dict[str, object]:
 
 
 def _apply(options: argparse.Namespace, roles: Sequence[rights.Role]) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would print handshakes of its own
     from clustermesh.admin import apply  # noqa: PLC0415 - gRPC, for those who ask
     from clustermesh.etcd import EtcdKV  # noqa: PLC0415
     from clustermesh.kv import KVError  # noqa: PLC0415

@@ -41,7 +41,7 @@ ELSEWHERE = {
     "bpf": "meshwall ip list, meshwall ct list, meshwall policy matrix",
     "endpoint": "meshwall status",
     "monitor-drops": "meshwall observe --verdict DROPPED -f",
-    "troubleshoot": "meshwall mesh status",
+    "troubleshoot": "meshwall mesh check",
     "validate": "meshwall policy check PATH",
     "reload": "systemctl reload meshwalld",
     "hubble": "meshwall observe",

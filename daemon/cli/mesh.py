@@ -1,10 +1,10 @@
-"""`meshwall mesh status|accept|invite|join` and `meshwall node list`."""
+"""`meshwall mesh status|accept|invite|join|check` and `meshwall node list`."""
 
 import argparse
 import json
 import time
 
-from daemon.cli import invite
+from daemon.cli import invite, meshcheck
 from daemon.cli.client import DaemonError, Json, ask, fail, listing, output_option, printable, span, table
 
 
@@ -19,6 +19,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     accept.add_argument("cluster", metavar="CLUSTER")
     accept.set_defaults(run=_accept)
     invite.register(verbs)
+    meshcheck.register(verbs)
     node = subparsers.add_parser("node", aliases=["nodes"], help="nodes of all clusters")
     verbs = node.add_subparsers(title="commands", metavar="COMMAND", required=True)
     many = verbs.add_parser("list", aliases=["ls"], help="name, addresses and identity of each node")

@@ -292,10 +292,17 @@ def _names(directory: Path) -> list[str]:
 
 def ports(directory: Path) -> Iterator[int]:
     """The ports of all stores of a directory: the way to them must stay open. Blocks; reads what it can."""
+    for _, settings in read_directory(directory):
+        if isinstance(settings, EtcdSettings):
+            yield from settings.ports
+
+
+def read_directory(directory: Path) -> Iterator[tuple[str, EtcdSettings | str]]:
+    """Cluster -> how its store is reached, or what is wrong with its file. Blocks; reads what it can."""
     with contextlib.suppress(OSError, UnsafeError), opened_directory(directory, owner_check=False) as handle:
         for name in _names(directory):
             with contextlib.suppress(OSError, UnsafeError):
                 text = read_file(handle, name, most_bytes=MAX_FILE_BYTES, owner_check=False, follow=True)[1]
-                settings = parse_remote(text, name)
-                if isinstance(settings, EtcdSettings):
-                    yield from settings.ports
+                if "endpoints:" in text:
+                    found = _understood(text, directory / name, b"")
+                    yield name, found.settings or found.problem
