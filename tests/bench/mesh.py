@@ -221,6 +221,7 @@ class Machine:
 
     def __init__(self, base: Path, endpoint: str) -> None:
         self.base = base
+        self.process: subprocess.Popen[bytes] | None = None
         for name in ("bpf", "run", "state", "policies.d"):
             (base / name).mkdir()
         rule = {"fromEndpoints": [{"matchLabels": {"app": f"app-{FIRST}"}}]}
@@ -242,13 +243,12 @@ class Machine:
         path.unlink(missing_ok=True)
         began = time.perf_counter()
         with path.open("wb") as log:
-            process = subprocess.Popen(
+            process = self.process = subprocess.Popen(
                 [sys.executable, "-m", "daemon.main", "--config", str(self.base / "meshwall.yaml")],
                 cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         while b"generation 1:" not in path.read_bytes():
             if process.poll() is not None or time.perf_counter() > began + 180:
-                process.kill()
                 sys.exit(path.read_text())
             time.sleep(0.02)
         return process, time.perf_counter() - began
@@ -261,6 +261,12 @@ class Machine:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
     def cleanup(self) -> None:
         command = [sys.executable, "-m", "daemon.cli.main", "cleanup", "--pins", str(self.base / "bpf")]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -269,6 +275,13 @@ class Machine:
 def enforced(base: Path, endpoint: str, addresses: int, stop_etcd: Callable[[], None]) -> dict[str, float]:
     """The whole daemon, from the etcd and then from disk."""
     machine = Machine(base, endpoint)
+    try:
+        return both_starts(machine, addresses, stop_etcd)
+    finally:
+        machine.kill()
+
+
+def both_starts(machine: Machine, addresses: int, stop_etcd: Callable[[], None]) -> dict[str, float]:
     process, took = machine.start()
     time.sleep(1)
     found = machine.status()
@@ -278,24 +291,22 @@ def enforced(base: Path, endpoint: str, addresses: int, stop_etcd: Callable[[], 
         **{f"daemon_{name}": size for name, size in memory(process.pid).items()},
     }
     figures["daemon_worst_stall_ms"] = round(found["event_loop"]["worst_s"] * 1000)
-    kept = base / "state/mesh/_shared"
+    kept = machine.base / "state/mesh/_shared"
     for _ in range(600):
         if kept.exists():
             break
         time.sleep(0.1)
     figures["kept_mb"] = kept.stat().st_size // 1_000_000
-    process.kill()
-    process.wait()
+    machine.kill()
     stop_etcd()
     machine.cleanup()
-    process, took = machine.start()
+    _, took = machine.start()
     time.sleep(1)
     found = machine.status()
     assert found["addresses"]["total"] >= addresses, found["addresses"]
     figures["from_disk_s"] = round(took, 2)
     figures["from_disk_worst_stall_ms"] = round(found["event_loop"]["worst_s"] * 1000)
-    process.kill()
-    process.wait()
+    machine.kill()
     machine.cleanup()
     return figures
 
