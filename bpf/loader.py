@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bpf import attach, layout
+from bpf import attach, codecache, layout
 from bpf.features import Features, MissingFeatureError, probe
 from bpf.syscall import (
     XDP_HAS_FRAGS,
@@ -60,6 +60,7 @@ PROGRAMS = {
     "tcx_ingress_l3": ProgType.SCHED_CLS,
     "tcx_egress_l3": ProgType.SCHED_CLS,
 }
+PLACEHOLDERS = 0x4D57_0000  # numbers that stand for the descriptors of maps until the programs are loaded
 DEFAULT_EVENT_BUDGET = 1_000
 DEFAULT_REJECT_BUDGET = 100
 
@@ -136,19 +137,35 @@ def compile_programs(text: str) -> dict[str, bytes]:
 def load_programs(
     maps: Mapping[str, PinnedMap], sizes: layout.Sizes, features: Features, cookie: int | None = None
 ) -> Loaded:
-    """Compile against these open maps and load. Nothing is pinned or attached."""
-    secret = secrets.randbits(64) if cookie is None else cookie
+    """Compile (or recall) against these open maps and load. Nothing is pinned or attached."""
     started = time.monotonic()
-    code = compile_programs(
-        source_text({name: one.fd for name, one in maps.items()}, sizes, features, secret)
-    )
+    names = {name: PLACEHOLDERS + number for number, name in enumerate(sorted(maps))}
+    found = _compiled(names, sizes, features, cookie)
+    descriptors = {names[name]: one.fd for name, one in maps.items()}
+    code = {name: codecache.relocate(raw, descriptors) for name, raw in found.programs.items()}
     compiled = time.monotonic()
     fds: dict[str, int] = {}
     for name, kind in PROGRAMS.items():
         flags = XDP_HAS_FRAGS if kind is ProgType.XDP and features.xdp_frags else 0
         fds[name] = prog_load(kind, f"mw_{name}", code[name], flags=flags, attach_type=_expected(name))
     info = {name: prog_info(fd) for name, fd in fds.items()}
-    return Loaded(fds, info, compiled - started, time.monotonic() - compiled, secret)
+    return Loaded(fds, info, compiled - started, time.monotonic() - compiled, found.cookie)
+
+
+def _compiled(
+    names: Mapping[str, int], sizes: layout.Sizes, features: Features, cookie: int | None
+) -> codecache.Compiled:
+    """The programs with placeholders for descriptors; compiled once for each source, unless the cookie is given."""
+    cache = codecache.directory() if cookie is None else None
+    key = codecache.key_of(source_text(names, sizes, features, 0))
+    kept = codecache.recall(cache, key) if cache else None
+    if kept is not None and kept.programs.keys() == PROGRAMS.keys():
+        return kept
+    secret = secrets.randbits(64) if cookie is None else cookie
+    fresh = codecache.Compiled(secret, compile_programs(source_text(names, sizes, features, secret)))
+    if cache:
+        codecache.keep(cache, key, fresh)
+    return fresh
 
 
 def _expected(name: str) -> int:
@@ -216,7 +233,8 @@ def prepare_config(config: PinnedMap, hz: int) -> None:
     offsets = layout.CONFIG.offsets()
     with config.mmap(writable=True) as memory:
         struct.pack_into("=I", memory, offsets["hz"], hz)
-        struct.pack_into("=Q", memory, offsets["trace_cookie"], secrets.randbits(64) | 1)
+        if not struct.unpack_from("=Q", memory, offsets["trace_cookie"])[0]:
+            struct.pack_into("=Q", memory, offsets["trace_cookie"], secrets.randbits(64) | 1)
         for name, most in (("event_budget", DEFAULT_EVENT_BUDGET), ("reject_budget", DEFAULT_REJECT_BUDGET)):
             if not struct.unpack_from("=I", memory, offsets[name])[0]:
                 struct.pack_into("=I", memory, offsets[name], most)

@@ -32,6 +32,7 @@ from daemon.api.hubble import HubbleApi, HubbleSettings
 from daemon.config import Config, ConfigError, Etcd, FailsafeEntry, load
 from daemon.datapath.devices import Devices
 from daemon.datapath.keeper import Keeper
+from daemon.datapath.links import keep_compiled
 from daemon.datapath.program import Program, ProgramSettings
 from daemon.datapath.watch import Watch
 from daemon.flows.pipeline import FlowPipeline
@@ -513,6 +514,7 @@ def prepare_directories(config: Config) -> None:
     try:
         app.prepare_directory(config.run_dir, config.socket_group)
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        keep_compiled(config.state_dir)
     except OSError as error:
         raise StartError(FAILED, f"{error.filename}: {error.strerror}") from None
 

@@ -18,7 +18,7 @@ from bpf import attach
 from bpf.layout import CONFIG, LAYOUT_VERSION, ConfigFlag, Sizes, maps
 from bpf.syscall import LayoutMismatch, PinnedMap
 from daemon.config import Config, ConfigError, load
-from daemon.datapath.links import loader_command, loader_environment
+from daemon.datapath.links import keep_compiled, loader_command, loader_environment
 from daemon.datapath.snapshot import FILE, AttachedDevice, SnapshotError
 from daemon.datapath.snapshot import load as load_snapshot
 
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def restore(config: Config, wait_s: float) -> int:
     """See the module. Raises OSError, LayoutMismatch and CalledProcessError."""
+    keep_compiled(config.state_dir)
     if enforced(config.pins):
         tell("a policy is enforced already; nothing was changed")
         return 0

@@ -1,8 +1,14 @@
 """What holds for all tests: those that need the kernel fail the run, loudly, where the kernel refuses BPF."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from bpf import features
+
+# Dozens of tests load the programs: compiled once for all of them, and for the daemons that they start.
+os.environ.setdefault("CACHE_DIRECTORY", str(Path(__file__).resolve().parents[1] / ".cache"))
 
 NEEDS_BPF = ("kernel", "demo")
 

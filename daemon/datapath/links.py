@@ -31,6 +31,11 @@ def loader_command(pins: Path, sizes: Sizes) -> list[str]:
     return [sys.executable, "-m", "bpf.loader", *arguments]
 
 
+def keep_compiled(state_dir: Path) -> None:
+    """Let the loader keep what it compiles, where the service manager does not say another place."""
+    os.environ.setdefault("CACHE_DIRECTORY", str(state_dir / "cache"))
+
+
 def loader_environment() -> dict[str, str]:
     """So that it runs the code that we run."""
     return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

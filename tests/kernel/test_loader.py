@@ -578,9 +578,10 @@ def test_wrong_input_is_one_clear_line_and_changes_nothing(cable: Cable) -> None
     "broken", [instruction(0x95), returns(1)], ids=["refused by the verifier", "drops everything"]
 )
 def test_programs_that_fail_leave_the_old_ones_in_charge(
-    cable: Cable, monkeypatch: pytest.MonkeyPatch, broken: bytes
+    cable: Cable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: bytes
 ) -> None:
     cable.attach(XdpMode.NATIVE)
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
     monkeypatch.setattr(loader, "compile_programs", lambda text: dict.fromkeys(loader.PROGRAMS, broken))
     with inside(cable.us), pytest.raises((OSError, loader.LoaderError)):
         loader.load(cable.pins, [DEVICE], XdpMode.NATIVE, SMALL)
