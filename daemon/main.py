@@ -54,6 +54,7 @@ from daemon.sources.mesh import Arrival, MeshSource, Shared
 from daemon.sources.meshdir import MeshDirectory
 from daemon.sources.publisher import MeshPublisher
 from daemon.sources.services import GROUP as SERVICES
+from daemon.sources.services import ServiceFiles
 from daemon.sources.static import IdentitiesFile
 from daemon.sources.workloads import GROUP as WORKLOADS
 from daemon.sources.workloads import WorkloadFiles
@@ -302,6 +303,17 @@ class Daemon:
             self._publisher.on_numbers(workloads.numbers_changed)
             yield "workload files", workloads.run
             yield "mesh publish", self._publisher.run
+        services = ServiceFiles(
+            self.tables,
+            self._publisher.publisher if self._publisher is not None else None,
+            config.services_dir,
+            config.state_dir,
+            cluster=config.cluster_name,
+            cluster_id=config.cluster_id,
+            announce=config.etcd is not None,
+            owner_check=config.policy_owner_check,
+        )
+        yield "service files", services.run
 
     def _mesh_publisher(self) -> MeshPublisher | None:
         """The writer of the store: workloads, and in a shared one also this host and its cluster."""

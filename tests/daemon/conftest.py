@@ -41,7 +41,7 @@ class Machine:
         self.root = root
         self.process: subprocess.Popen[str] | None = None
         self.listener: subprocess.Popen[bytes] | None = None
-        for name in ("policies.d", "workloads.d", "run", "state", "bpf"):
+        for name in ("policies.d", "workloads.d", "services.d", "run", "state", "bpf"):
             (root / name).mkdir()
 
     def up(self) -> None:
@@ -85,6 +85,7 @@ class Machine:
             "state_dir": str(self.root / "state"),
             "identities_file": str(self.root / "identities.yaml"),
             "workloads_dir": str(self.root / "workloads.d"),
+            "services_dir": str(self.root / "services.d"),
             "devices": ["net0"],
         }
         path.write_text(json.dumps(given | more))

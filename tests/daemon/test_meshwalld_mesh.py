@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -164,6 +165,47 @@ def test_a_workload_of_a_file_has_its_rights_published_or_not_and_loses_them_wit
     assert published(machine, "app=client") == number
     file.unlink()
     within(lambda: not machine.connects(8000))
+
+
+SERVICE = """
+name: web
+namespace: prod
+annotations: {service.cilium.io/global: "true"}
+ports: [{name: http, port: 80, targetPort: 8000}]
+backends: [10.99.0.1, 10.99.0.2]
+check: {tcp: true, interval: 0.5, timeout: 0.5}
+"""
+
+
+@pytest.mark.usefixtures("store")
+def test_a_service_of_a_file_is_published_without_the_backend_that_does_not_listen(
+    machine, within: Callable[[Callable[[], bool]], None]
+) -> None:
+    machine.start(cluster_name="east", cluster_id=1, etcd={"endpoints": [ENDPOINT]})
+    (machine.root / "services.d/web.yaml").write_text(SERVICE)
+
+    def backends() -> dict[str, str]:
+        done = machine.meshwall("service", "get", "prod/web", "-o", "json")
+        found = json.loads(done.stdout)["backends"] if done.returncode == 0 else []
+        return {one["address"]: one["reason"] for one in found}
+
+    within(lambda: backends().get("10.99.0.2", "healthy") != "healthy")
+    assert backends() == {"10.99.0.1": "healthy", "10.99.0.2": "unhealthy: Connection refused"}
+    done = machine.meshwall("service", "list")
+    assert "east 1/2" in done.stdout
+    command = [
+        "nsenter", f"--net=/run/netns/{machine.host}", "etcdctl", "get", wire.service_key("east", "prod", "web"),
+        "--print-value-only",
+    ]  # fmt: skip
+    value = subprocess.run(
+        command, check=True, capture_output=True, env={"ETCDCTL_API": "3", **os.environ}
+    ).stdout
+    assert list(json.loads(value)["backends"]) == ["10.99.0.1"]
+    command = [*machine.command()[:2], sys.executable, "-m", "daemon.cli.main", "mesh", "check", "-v", "--config",
+               str(machine.root / "meshwall.yaml")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "all synced markers are there" in done.stdout
 
 
 def published(machine, selector: str) -> int:

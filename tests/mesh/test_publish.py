@@ -67,7 +67,7 @@ async def test_a_host_is_written_with_configuration_markers_and_heartbeat_all_le
     assert (master.value, master.lease) == (labels.encode(), 0)
     assert len({one.lease for one in keys.values()}) == 1
     assert keys["cilium/cluster-config/alpha"].value == (
-        b'{"id":1,"capabilities":{"syncedCanaries":true,"maxConnectedClusters":255,"serviceExportsEnabled":false}}'
+        b'{"id":1,"capabilities":{"syncedCanaries":true,"maxConnectedClusters":255,"serviceExportsEnabled":true}}'
     )
     entry = wire.decode_ip("fd00::1", keys["cilium/state/ip/v1/default/fd00::1"].value)
     assert (entry.identity, entry.host_ip) == (number, "10.0.0.1")
