@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from bpf.syscall import PinnedMap
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "mwd0"
+OUTSIDE = 7100
 NODE, PEER = "10.96.0.1", "10.96.0.2"
 NODE6, PEER6 = "fd96::1", "fd96::2"
 SIZES = {
@@ -35,6 +37,16 @@ SIZES = {
 }
 _libc = ctypes.CDLL(None, use_errno=True)
 _numbers = count()
+
+
+@dataclass
+class Traffic:
+    """What was sent and what arrived, at sockets."""
+
+    sent: int = 0
+    arrived: int = 0
+    leaked: int = 0
+    echoed: int = 0
 
 
 @dataclass
@@ -219,6 +231,59 @@ class Machine:
             except OSError:
                 return False
             return True
+
+    @contextlib.contextmanager
+    def traffic(self, open_to: int, closed_to: int) -> Iterator[Traffic]:
+        """Datagrams to an open and a closed port, and a connection of ours that the peer answers, all the time."""
+        seen, stop = Traffic(), threading.Event()
+        with (
+            self.bound(self.us, self.node, open_to) as open_port,
+            self.bound(self.us, self.node, closed_to) as closed_port,
+            self.bound(self.peer, self.other, 0) as sender,
+            self.listener(self.peer, self.other, OUTSIDE) as there,
+            self.bound(self.us, self.node, 0, socket.SOCK_STREAM) as ours,
+        ):
+            ours.settimeout(5)
+            ours.connect((self.other, OUTSIDE))
+            theirs, _ = there.accept()
+
+            def send() -> None:
+                while not stop.is_set():
+                    sender.sendto(b"x", (self.node, open_to))
+                    sender.sendto(b"x", (self.node, closed_to))
+                    seen.sent += 1
+                    time.sleep(0.0005)
+
+            def echo() -> None:
+                while not stop.is_set():
+                    theirs.sendall(b"answer")
+                    assert ours.recv(64)
+                    ours.sendall(b"question")
+                    assert theirs.recv(64)
+                    seen.echoed += 1
+                    time.sleep(0.001)
+
+            def count() -> None:
+                quiet = 0
+                while quiet < 5:
+                    quiet = quiet + 1 if stop.is_set() else 0
+                    with contextlib.suppress(TimeoutError):
+                        while open_port.recv(16):
+                            seen.arrived += 1
+
+            open_port.settimeout(0.05)
+            closed_port.settimeout(0.05)
+            threads = [threading.Thread(target=one) for one in (send, echo, count)]
+            for one in threads:
+                one.start()
+            try:
+                yield seen
+            finally:
+                stop.set()
+                for one in threads:
+                    one.join(10)
+                theirs.close()
+                seen.leaked = len(self.received(closed_port))
 
     @staticmethod
     def received(one: socket.socket, within_s: float = 0.3) -> list[bytes]:

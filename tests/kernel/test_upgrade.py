@@ -1,14 +1,9 @@
 """From one layout of the maps to the next under traffic, counted at sockets; and never back."""
 
-import contextlib
 import random
 import shutil
 import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +13,7 @@ from bpf import layout
 pytestmark = pytest.mark.kernel
 
 ROOT = Path(__file__).resolve().parents[2]
-OPEN, CLOSED, OUTSIDE = 7000, 7001, 7100
+OPEN, CLOSED = 7000, 7001
 POLICY = f"""
 apiVersion: cilium.io/v2
 kind: CiliumClusterwideNetworkPolicy
@@ -54,70 +49,6 @@ def edit(path: Path, before: str, after: str) -> None:
     path.write_text(text.replace(before, after))
 
 
-@dataclass
-class Traffic:
-    """What was sent and what arrived, at sockets."""
-
-    sent: int = 0
-    arrived: int = 0
-    leaked: int = 0
-    echoed: int = 0
-
-
-@contextlib.contextmanager
-def traffic(machine) -> Iterator[Traffic]:
-    """Datagrams to an open and a closed port, and a connection that we opened, answered by the peer, all the time."""
-    seen, stop = Traffic(), threading.Event()
-    with (
-        machine.bound(machine.us, machine.node, OPEN) as open_port,
-        machine.bound(machine.us, machine.node, CLOSED) as closed_port,
-        machine.bound(machine.peer, machine.other, 0) as sender,
-        machine.listener(machine.peer, machine.other, OUTSIDE) as there,
-        machine.bound(machine.us, machine.node, 0, socket.SOCK_STREAM) as ours,
-    ):
-        ours.settimeout(5)
-        ours.connect((machine.other, OUTSIDE))
-        theirs, _ = there.accept()
-
-        def send() -> None:
-            while not stop.is_set():
-                sender.sendto(b"x", (machine.node, OPEN))
-                sender.sendto(b"x", (machine.node, CLOSED))
-                seen.sent += 1
-                time.sleep(0.0005)
-
-        def echo() -> None:
-            while not stop.is_set():
-                theirs.sendall(b"answer")
-                assert ours.recv(64)
-                ours.sendall(b"question")
-                assert theirs.recv(64)
-                seen.echoed += 1
-                time.sleep(0.001)
-
-        def count() -> None:
-            quiet = 0
-            while quiet < 5:
-                quiet = quiet + 1 if stop.is_set() else 0
-                with contextlib.suppress(TimeoutError):
-                    while open_port.recv(16):
-                        seen.arrived += 1
-
-        open_port.settimeout(0.05)
-        closed_port.settimeout(0.05)
-        threads = [threading.Thread(target=one) for one in (send, echo, count)]
-        for one in threads:
-            one.start()
-        try:
-            yield seen
-        finally:
-            stop.set()
-            for one in threads:
-                one.join(10)
-            theirs.close()
-            seen.leaked = len(machine.received(closed_port))
-
-
 @pytest.fixture
 def node(machine, tmp_path):
     """Enforcing, with nothing of other layouts."""
@@ -143,7 +74,7 @@ def upgraded(machine, version: int) -> bool:
 @pytest.mark.parametrize("rounds", [2, pytest.param(ROUNDS, marks=pytest.mark.slow)])
 def test_upgrades_under_traffic_leak_nothing_and_cut_nothing(node, tmp_path, rounds):
     first = layout.LAYOUT_VERSION
-    with traffic(node) as seen:
+    with node.traffic(OPEN, CLOSED) as seen:
         for version in range(first + 1, first + 1 + rounds):
             node.stop(signal.SIGTERM)
             node.tree = release(tmp_path, version)
@@ -165,7 +96,7 @@ def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_next_start(node,
     node.stop(signal.SIGTERM)
     version = layout.LAYOUT_VERSION + 1
     node.tree = release(tmp_path, version)
-    with traffic(node) as seen:
+    with node.traffic(OPEN, CLOSED) as seen:
         for _ in range(4):
             node.start()
             time.sleep(chance.uniform(0.3, 4))
@@ -185,7 +116,7 @@ def test_a_release_that_is_too_old_touches_nothing_and_says_what_to_do(node, tmp
     node.stop(signal.SIGTERM)
     before = pinned(node)
     node.tree = ROOT
-    with traffic(node) as seen:
+    with node.traffic(OPEN, CLOSED) as seen:
         node.start()
         node.until(lambda: "newer release" in str(node.status()["parts"].get("datapath")), 20)
         time.sleep(0.5)
