@@ -1,6 +1,7 @@
 """Tracked connections: list, flush, and import of those that exist when enforcement begins."""
 
 import contextlib
+import ipaddress
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ TABLES = {
 }
 SEED_LIFE_S = 8000  # as long as an established connection
 TCP_LISTEN = 10
+_TRACKED = {"TCP": Proto.TCP, "UDP": Proto.UDP, "SCTP": Proto.SCTP}
 _STATES = {1: True, 2: False, 4: True, 5: True, 8: True, 9: True, 11: True}  # /proc/net/tcp state -> answered
 
 
@@ -164,6 +166,46 @@ def sockets(proc: Path = Path("/proc/net")) -> tuple[list[Socket], frozenset[tup
                 answered = proto is Proto.UDP or _STATES[state]
                 found.append(Socket(proto, local, local_port, remote, remote_port, answered))
     return found, frozenset(listening)
+
+
+def existing(proc: Path = Path("/proc/net")) -> tuple[list[Socket], frozenset[tuple[Proto, int]]]:
+    """All that answers must reach when enforcement begins: sockets, and what the kernel masquerades as this host."""
+    found, listening = sockets(proc)
+    return found + masqueraded(proc), listening
+
+
+def masqueraded(proc: Path = Path("/proc/net")) -> list[Socket]:
+    """Connections that leave with an address of this host but belong to a pod or machine behind it.
+
+    As the kernel's own connection tracking has them; empty where it is not loaded.
+    """
+    path = proc / "nf_conntrack"
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [found for line in lines if (found := _masqueraded(line)) is not None]
+
+
+def _masqueraded(line: str) -> Socket | None:
+    """`... tcp 6 TTL STATE src= dst= sport= dport= src= dst= sport= dport= ...`: the way out, then the way back."""
+    words = line.split()
+    if len(words) < 4 or words[2].upper() not in _TRACKED:
+        return None
+    fields: dict[str, list[str]] = {}
+    for word in words[4:]:
+        name, equals, value = word.partition("=")
+        if equals:
+            fields.setdefault(name, []).append(value)
+    try:
+        (sender, remote), (_, ours) = fields["src"], fields["dst"]
+        ports = int(fields["dport"][1]), int(fields["sport"][1])
+    except (KeyError, ValueError, IndexError):
+        return None
+    if ours == sender:
+        return None
+    local, other = (ipaddress.ip_address(one).packed for one in (ours, remote))
+    return Socket(_TRACKED[words[2].upper()], local, ports[0], other, ports[1], "[UNREPLIED]" not in words)
 
 
 def _endpoint(text: str) -> tuple[bytes, int]:

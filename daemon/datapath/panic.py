@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bpf.features import Ticks
 from bpf.layout import CONFIG, LAYOUT_VERSION, Panic, maps
 from bpf.syscall import LayoutMismatch, PinnedMap
-from daemon.datapath.conntrack import Conntrack, sockets
+from daemon.datapath.conntrack import Conntrack, existing
 
 _AT = CONFIG.offsets()
 
@@ -83,7 +83,7 @@ def write(pins: Path, kind: Panic, for_s: float | None) -> PanicState:
 def _remember_connections(pins: Path) -> None:
     """Answers to what this host has open pass in a failsafe panic, also where no policy has kept track so far."""
     with suppress(OSError, LayoutMismatch), Conntrack(pins) as table:
-        table.seed(*sockets())
+        table.seed(*existing())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from bpf.attach import older
 from bpf.layout import ConfigFlag, Sizes
 from bpf.syscall import LayoutMismatch
-from daemon.datapath.conntrack import Conntrack, sockets
+from daemon.datapath.conntrack import Conntrack, existing
 from daemon.datapath.devices import Devices
 from daemon.datapath.image import Image
 from daemon.datapath.ip4 import BlocksFull
@@ -394,7 +394,7 @@ class Program:
         """Connections that exist when a direction is first enforced are tracked, so that none is cut."""
         active = self._image.enforced
         if any(compiled.matrix(one).enforced and not active[one] for one in Direction):
-            known, listening = sockets()
+            known, listening = existing()
             with Conntrack(self.settings.pins) as table:
                 self._seeded = table.seed(known, listening)
             log.info("data path: %d existing connections imported", self._seeded)

@@ -1,5 +1,6 @@
 """Node ports and masqueraded traffic: a pod behind the machine, translated by nftables as kube-proxy does."""
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft: `./dev setup` installs it"),
 ]
 
-NODE_PORT, CLOSED_NODE_PORT, POD_PORT, OUTSIDE = 30080, 30081, 8080, 9000
+NODE_PORT, CLOSED_NODE_PORT, POD_PORT, OUTSIDE, EARLIER = 30080, 30081, 8080, 9000, 9001
 POD, GATEWAY = "10.95.0.2", "10.95.0.1"
 RULES = f"""
 table ip mwnat {{
@@ -53,12 +54,40 @@ def node(machine) -> Iterator[object]:
         subprocess.run([*inside, "nft", "-f", "-"], input=RULES, text=True, check=True)
         subprocess.run([*inside, "sysctl", "-qw", "net.ipv4.ip_forward=1"], check=True)
         machine.pod = pod
-        machine.enforce(POLICY)
-        machine.until(lambda: not machine.connects(CLOSED_NODE_PORT))
-        with machine.listener(pod, POD, POD_PORT):
-            yield machine
+        with connected_before(machine) as machine.before:
+            yield from enforcing(machine)
     finally:
         machine.ip("netns", "delete", pod)
+
+
+@contextlib.contextmanager
+def connected_before(machine):
+    """A connection from the pod to outside, older than the filter: both ends."""
+    with (
+        machine.bound(machine.peer, machine.other, EARLIER, socket.SOCK_STREAM) as end,
+        machine.bound(machine.pod, POD, 0, socket.SOCK_STREAM) as mine,
+    ):
+        end.listen(1)
+        mine.connect((machine.other, EARLIER))
+        there, _ = end.accept()
+        with there:
+            there.settimeout(2)
+            yield mine, there
+
+
+def enforcing(machine) -> Iterator[object]:
+    machine.enforce(POLICY)
+    machine.until(lambda: not machine.connects(CLOSED_NODE_PORT))
+    with machine.listener(machine.pod, POD, POD_PORT):
+        yield machine
+
+
+def test_a_masqueraded_connection_that_is_older_than_the_filter_goes_on(node):
+    mine, there = node.before
+    there.sendall(b"answer")
+    assert mine.recv(16) == b"answer"
+    mine.sendall(b"question")
+    assert there.recv(16) == b"question"
 
 
 def asks_outside(node, kind: socket.SocketKind) -> bool:
