@@ -35,6 +35,7 @@ from clustermesh.settings import EtcdSettings, split_endpoint
 
 log = logging.getLogger(__name__)
 
+ANSWER_S = 1.5  # that a question about progress may take
 OWED_S = 5.0  # how long a watch may take to show a revision that the others have
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]
 _HAS_LEADER = ("hasleader", "true")  # a member that has lost its cluster ends the watch
@@ -412,7 +413,7 @@ class _Watchdog:
 
     def __init__(self, settings: EtcdSettings) -> None:
         self._every_s = settings.progress_s
-        self._patience_s = min(settings.timeout_s, 2 * settings.progress_s + 0.5)
+        self._patience_s = min(settings.timeout_s, settings.progress_s + ANSWER_S)
         self._last = time.monotonic()
         self.bit = ""
         self.call: Message = None

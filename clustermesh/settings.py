@@ -9,7 +9,7 @@ from clustermesh.kv import PAGE
 DEFAULT_PORT = 2379
 TIMEOUT_S = 4.0  # a member that does not answer one request within this is left
 STALL_S = 120.0  # a watch whose revision does not rise for this long is asked about
-PROGRESS_S = 1.0  # between two progress requests on an idle watch
+PROGRESS_S = 1.75  # a member that hangs is left after two unanswered questions, within 5 s
 
 
 class EtcdSettingsError(ValueError):
