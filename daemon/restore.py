@@ -7,7 +7,9 @@ Exit status: 0 done (or nothing to do), 1 nothing could be enforced.
 """
 
 import argparse
+import contextlib
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -55,11 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def restore(config: Config, wait_s: float) -> int:
     """See the module. Raises OSError, LayoutMismatch and CalledProcessError."""
     keep_compiled(config.state_dir)
-    if enforced(config.pins):
-        tell("a policy is enforced already; nothing was changed")
-        return 0
     sizes = Sizes(**config.map_sizes.model_dump())
     path = config.state_dir / FILE
+    if enforced(config.pins):
+        tell("a policy is enforced already; it stays")
+        if not attach.older(config.pins):
+            with contextlib.suppress(
+                SnapshotError
+            ):  # an earlier run may have ended before it filtered all devices
+                follow(config, load_snapshot(path, sizes).head.devices, 0)
+        return 0
     try:
         found = load_snapshot(path, sizes)
     except SnapshotError as error:
@@ -72,7 +79,13 @@ def restore(config: Config, wait_s: float) -> int:
         follow(config, everything(config), wait_s)
         return 0
     run_loader(config.pins, sizes)
-    found.fill(config.pins, ConfigFlag.ALL_OURS)
+    try:
+        found.fill(config.pins, ConfigFlag.ALL_OURS)
+    except (OSError, IndexError, struct.error) as error:
+        tell(f"{path} cannot be restored ({error}): only the failsafe list passes until meshwalld starts")
+        failsafe_only(config, sizes)
+        follow(config, everything(config), wait_s)
+        return 0
     age = time.time() - found.head.made
     tell(f"generation {found.head.config['generation']} is enforced again, written {age:.0f} s ago")
     follow(config, found.head.devices, wait_s)

@@ -33,10 +33,12 @@ class Keeper:
 
     async def run(self) -> None:
         """For ever. A disk that fails is a status row; it is tried again."""
+        devices = self._tables.devices.reader(self._changed)
         while True:
             await self._changed.wait()
             await asyncio.sleep(QUIET_S)
             self._changed.clear()
+            devices.take()
             try:
                 size = await asyncio.to_thread(self._save, self._path)
             except (OSError, LayoutMismatch) as error:

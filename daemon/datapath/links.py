@@ -117,7 +117,10 @@ class Links:
         self._held.hold()
 
     def take_over(self) -> None:
-        """From an earlier layout, whose programs have filtered so far: what is enforced now is complete."""
+        """From an earlier layout, whose programs have filtered so far: what is enforced now is complete.
+
+        OSError when a device cannot be taken over: the earlier layout filters it on.
+        """
         indexes = {
             int(path.name.partition("-")[0])
             for one in attach.older(self._pins)
@@ -125,8 +128,11 @@ class Links:
             for path in (one / "links").iterdir()
         }
         for index in sorted(indexes):
-            with contextlib.suppress(OSError):  # the device may have gone
+            try:
                 attach.attach(self._pins, index, self._xdp)
+            except OSError as error:
+                if error.errno not in (errno.ENODEV, errno.ENXIO):  # the device has gone
+                    raise  # the earlier programs stay
         names = ", ".join(one.name for one in attach.older(self._pins))
         removed = attach.remove_older(self._pins)
         log.info(

@@ -24,7 +24,7 @@ from daemon.datapath.links import LoadFailed, load
 from daemon.datapath.maps import KernelMaps
 from daemon.datapath.ops import Op, TableFull
 from daemon.datapath.room import FULL, squeeze
-from daemon.datapath.snapshot import AttachedDevice, save
+from daemon.datapath.snapshot import AttachedDevice, packed, store
 from daemon.model.identity import REMOTE_NODE_SCOPE, Identity, Reserved, reserved_labels
 from daemon.model.labels import NODE, RESERVED, Label, LabelSet
 from daemon.model.net import Direction, Prefix, compact
@@ -129,7 +129,8 @@ class Program:
         recompile = True
         while True:
             try:
-                async with asyncio.timeout(RETRY_S if pending else None):
+                upgrading = self._compiled is not None and not self._devices.loaded.is_set()
+                async with asyncio.timeout(RETRY_S if pending or upgrading else None):
                     await self._wake.wait()
                 await asyncio.sleep(SETTLE_S)
             except TimeoutError:
@@ -148,6 +149,7 @@ class Program:
             )
             recompile = False
             if work is None:
+                await self._take_over()
                 continue
             pending = await self._pass(work)
 
@@ -310,7 +312,10 @@ class Program:
             self._maps.apply(self._image.set_flags(self._flags()))
 
     def save(self, path: Path) -> int:
-        """In a worker thread: write what is enforced for the next boot; returns bytes. Raises OSError."""
+        """In a worker thread: write what is enforced for the next boot; returns bytes. Raises OSError.
+
+        Only reading keeps others waiting, not the disk.
+        """
         rows = self._tables.status.rows
         devices = [
             AttachedDevice(name.removeprefix("device:"), str(row.details.get("xdp", "")))
@@ -318,14 +323,19 @@ class Program:
             if name.startswith("device:") and row.ok
         ]
         with self._image_lock:
-            return save(self.settings.pins, self.settings.sizes, devices, path)
+            state = packed(self.settings.pins, self.settings.sizes, devices)
+        return store(state, path)
 
     async def _take_over(self) -> None:
         """The first pass over an earlier layout is done: its programs can go."""
-        if self._devices.loaded.is_set():
+        if self._devices.loaded.is_set() or self._compiled is None:
             return
-        await asyncio.to_thread(self._devices.take_over)
-        self._devices.loaded.set()
+        try:
+            await asyncio.to_thread(self._devices.take_over)
+        except OSError as error:
+            log.error("data path: an earlier layout still filters, tried again: %s", error)  # noqa: TRY400
+        else:
+            self._devices.loaded.set()
 
     def _do(self, work: _Work) -> _Done:
         """In a worker thread: compile, plan, apply."""

@@ -51,36 +51,27 @@ class Head:
     made: float  # wall clock, s
 
 
-def save(pins: Path, sizes: Sizes, devices: Sequence[AttachedDevice], path: Path) -> int:
-    """Write the state as a whole or not at all; returns bytes. The caller keeps others from changing the tables.
-
-    Raises OSError; what was there before stays then.
-    """
-    fresh = path.with_suffix(".new")
-    digest = sha256()
+def packed(pins: Path, sizes: Sizes, devices: Sequence[AttachedDevice]) -> bytes:
+    """The state as a file has it. The caller keeps others from changing the tables. Raises OSError."""
     packer = zlib.compressobj(1)
+    body = b"".join(packer.compress(raw) for raw in _stream(pins, sizes, devices)) + packer.flush()
+    return MAGIC + sha256(body).digest() + body
+
+
+def store(state: bytes, path: Path) -> int:
+    """Write it as a whole or not at all; returns bytes. Raises OSError; what was there before stays then."""
+    fresh = path.with_suffix(".new")
     try:
         with fresh.open("wb") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(MAGIC + bytes(digest.digest_size))
-
-            def put(raw: bytes) -> None:
-                digest.update(raw)
-                file.write(raw)
-
-            for raw in _stream(pins, sizes, devices):
-                put(packer.compress(raw))
-            put(packer.flush())
-            size = file.tell()
-            file.seek(len(MAGIC))
-            file.write(digest.digest())
+            file.write(state)
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(path)
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
-    return size
+    return len(state)
 
 
 def _stream(pins: Path, sizes: Sizes, devices: Sequence[AttachedDevice]) -> Iterator[bytes]:
@@ -180,12 +171,11 @@ def load(path: Path, sizes: Sizes) -> Snapshot:
     start = len(MAGIC) + sha256().digest_size
     if raw[: len(MAGIC)] != MAGIC or sha256(raw[start:]).digest() != raw[len(MAGIC) : start]:
         raise SnapshotError(f"{path} is damaged")
-    unpacker = zlib.decompressobj()
-    body = unpacker.decompress(raw[start:], MOST_BYTES)
-    (size,) = _HEAD.unpack_from(body)
     try:
+        body = zlib.decompressobj().decompress(raw[start:], MOST_BYTES)
+        (size,) = _HEAD.unpack_from(body)
         head = _head(json.loads(body[_HEAD.size : _HEAD.size + size]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, zlib.error, struct.error) as error:
         raise SnapshotError(f"{path} is of another release: {error}") from None
     if head.layout != LAYOUT_VERSION:
         raise SnapshotError(f"{path} is of layout {head.layout}, this release has {LAYOUT_VERSION}")

@@ -47,6 +47,7 @@ class Traffic:
     arrived: int = 0
     leaked: int = 0
     echoed: int = 0
+    cut: str = ""  # what became of the connection, if it did not go on to the end
 
 
 @dataclass
@@ -246,6 +247,7 @@ class Machine:
             ours.settimeout(5)
             ours.connect((self.other, OUTSIDE))
             theirs, _ = there.accept()
+            theirs.settimeout(5)
 
             def send() -> None:
                 while not stop.is_set():
@@ -255,13 +257,16 @@ class Machine:
                     time.sleep(0.0005)
 
             def echo() -> None:
-                while not stop.is_set():
-                    theirs.sendall(b"answer")
-                    assert ours.recv(64)
-                    ours.sendall(b"question")
-                    assert theirs.recv(64)
-                    seen.echoed += 1
-                    time.sleep(0.001)
+                try:
+                    while not stop.is_set():
+                        theirs.sendall(b"answer")
+                        assert ours.recv(64)
+                        ours.sendall(b"question")
+                        assert theirs.recv(64)
+                        seen.echoed += 1
+                        time.sleep(0.001)
+                except (OSError, AssertionError) as error:
+                    seen.cut = repr(error)
 
             def count() -> None:
                 quiet = 0

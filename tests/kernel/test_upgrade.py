@@ -88,7 +88,7 @@ def test_upgrades_under_traffic_leak_nothing_and_cut_nothing(node, tmp_path, rou
             node.until(lambda: upgraded(node, version), 90)  # noqa: B023 - called at once
     assert seen.sent > 1_000
     assert seen.echoed > 100
-    assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
+    assert (seen.leaked, seen.sent - seen.arrived, seen.cut) == (0, 0, "")
 
 
 def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_next_start(node, tmp_path):
@@ -103,7 +103,7 @@ def test_an_upgrade_that_is_killed_anywhere_is_completed_by_the_next_start(node,
             node.stop(signal.SIGKILL)
         node.start()
         node.until(lambda: upgraded(node, version), 90)
-    assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
+    assert (seen.leaked, seen.sent - seen.arrived, seen.cut) == (0, 0, "")
     assert seen.echoed > 100
 
 
@@ -120,7 +120,7 @@ def test_a_release_that_is_too_old_touches_nothing_and_says_what_to_do(node, tmp
         node.start()
         node.until(lambda: "newer release" in str(node.status()["parts"].get("datapath")), 20)
         time.sleep(0.5)
-    assert (seen.leaked, seen.sent - seen.arrived) == (0, 0)
+    assert (seen.leaked, seen.sent - seen.arrived, seen.cut) == (0, 0, "")
     assert pinned(node) == before
     assert f"layout {version}" in node.log()
 
