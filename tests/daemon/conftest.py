@@ -1,5 +1,6 @@
 """A real meshwalld in a network namespace of its own, with one veth to the outside."""
 
+import contextlib
 import json
 import os
 import signal
@@ -102,7 +103,7 @@ class Machine:
             address = self.root / "notify"
             address.unlink(missing_ok=True)
             manager.bind(str(address))
-            manager.settimeout(30)
+            manager.settimeout(1)
             with (self.root / "log").open("a") as log:
                 self.process = subprocess.Popen(
                     self.command(),
@@ -111,8 +112,12 @@ class Machine:
                     text=True,
                     env=os.environ | {"NOTIFY_SOCKET": str(address)},
                 )
-            while b"READY=1" not in manager.recv(4096):
-                pass
+            until, heard = time.monotonic() + 40, b""
+            while b"READY=1" not in heard:
+                assert self.process.poll() is None, (self.root / "log").read_text()
+                assert time.monotonic() < until, "not ready"
+                with contextlib.suppress(TimeoutError):
+                    heard = manager.recv(4096)
 
     def refuses(self, *prefix: str) -> tuple[int, str]:
         """Exit status and stderr of a start that must fail."""

@@ -42,9 +42,15 @@ def listening(machine):
         yield machine
 
 
+def start(listening) -> None:
+    listening.start(node_file=str(listening.home / "node.yaml"), **SETTINGS)
+
+
 @pytest.fixture(scope="module")
 def node(listening):
     (listening.home / "node.yaml").write_text("labels: {zone: a}\n")
+    if listening.daemon is None:  # one test by itself
+        start(listening)
     listening.enforce(POLICY)
     listening.until(lambda: open_ports(listening) == [OPEN, FAILSAFE])
     return listening
@@ -81,7 +87,7 @@ def outbound(node) -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def test_a_first_start_without_the_labels_of_the_host_passes_the_failsafe_list_alone(listening):
     """First: later ones have a policy."""
-    listening.start(node_file=str(listening.home / "node.yaml"), **SETTINGS)
+    start(listening)
     with outbound(listening) as (ours, theirs):
         listening.until(lambda: listening.generation() > 0, 60)  # nobody accepts: only so many may connect
         assert open_ports(listening) == [FAILSAFE]
