@@ -10,9 +10,9 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import sha1, sha256
 from pathlib import Path
 
 MOST_FILES = 8
@@ -76,19 +76,34 @@ def keep(cache: Path, key: str, compiled: Compiled) -> None:
 def relocate(code: bytes, descriptors: Mapping[int, int]) -> bytes:
     """The same instructions with descriptors in the place of placeholders. ValueError for one that has none."""
     found = bytearray(code)
-    at = 0
-    while at < len(found):
-        opcode, registers, offset, immediate = _INSTRUCTION.unpack_from(found, at)
-        if opcode == LD_IMM64:
-            if registers >> 4 in (PSEUDO_MAP_FD, PSEUDO_MAP_VALUE):
-                if immediate not in descriptors:
-                    raise ValueError(
-                        f"instruction {at // 8} refers to map {immediate:#x}, which there is not"
-                    )
-                _INSTRUCTION.pack_into(found, at, opcode, registers, offset, descriptors[immediate])
-            at += 8  # it takes two
-        at += 8
+    for at, immediate in _map_references(code):
+        if immediate not in descriptors:
+            raise ValueError(f"instruction {at // 8} refers to map {immediate:#x}, which there is not")
+        struct.pack_into("=i", found, at + 4, descriptors[immediate])
     return bytes(found)
+
+
+def maps_of(code: bytes) -> frozenset[int]:
+    """The placeholders that a program uses."""
+    return frozenset(immediate for _, immediate in _map_references(code))
+
+
+def tags(code: bytes) -> tuple[str, str]:
+    """What a kernel may call these instructions: a hash of them without the maps, by SHA-1 and (since 6.18) SHA-256."""
+    bare = bytearray(code)
+    for at, _ in _map_references(code):
+        bare[at + 4 : at + 8] = bare[at + 12 : at + 16] = bytes(4)
+    return sha1(bare, usedforsecurity=False).hexdigest()[:16], sha256(bare).hexdigest()[:16]
+
+
+def _map_references(code: bytes) -> Iterator[tuple[int, int]]:
+    """Offset and number of each instruction that loads a map."""
+    at = 0
+    while at < len(code):
+        opcode, registers, _, immediate = _INSTRUCTION.unpack_from(code, at)
+        if opcode == LD_IMM64 and registers >> 4 in (PSEUDO_MAP_FD, PSEUDO_MAP_VALUE):
+            yield at, immediate
+        at += 16 if opcode == LD_IMM64 else 8  # it takes two
 
 
 def _ours_alone(path: Path) -> bool:

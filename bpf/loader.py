@@ -34,6 +34,8 @@ from bpf.syscall import (
     PinnedMap,
     ProgInfo,
     ProgType,
+    map_info,
+    obj_get,
     obj_pin,
     prog_info,
     prog_load,
@@ -79,13 +81,14 @@ class _Module(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """The programs by name, with their descriptors, and what loading took."""
+    """The programs by name, with their descriptors, and what loading took; `adopted`: they were pinned already."""
 
     fds: Mapping[str, int]
     info: Mapping[str, ProgInfo]
     compile_s: float
     load_s: float
     cookie: int
+    adopted: bool = False
 
 
 def source_text(fds: Mapping[str, int], sizes: layout.Sizes, features: Features, cookie: int) -> str:
@@ -135,21 +138,55 @@ def compile_programs(text: str) -> dict[str, bytes]:
 
 
 def load_programs(
-    maps: Mapping[str, PinnedMap], sizes: layout.Sizes, features: Features, cookie: int | None = None
+    maps: Mapping[str, PinnedMap],
+    sizes: layout.Sizes,
+    features: Features,
+    cookie: int | None = None,
+    pinned: Path | None = None,
 ) -> Loaded:
-    """Compile (or recall) against these open maps and load. Nothing is pinned or attached."""
+    """Compile (or recall) against these open maps and load. Nothing is pinned or attached.
+
+    Programs in the directory `pinned` that are the same, on the same maps, are taken instead: the kernel has verified
+    them before, which is most of the work of a restart.
+    """
     started = time.monotonic()
     names = {name: PLACEHOLDERS + number for number, name in enumerate(sorted(maps))}
     found = _compiled(names, sizes, features, cookie)
+    if pinned and (
+        same := _pinned(pinned, found, {names[name]: map_info(one.fd).id for name, one in maps.items()})
+    ):
+        fds, info = same
+        return Loaded(fds, info, time.monotonic() - started, 0.0, found.cookie, adopted=True)
     descriptors = {names[name]: one.fd for name, one in maps.items()}
     code = {name: codecache.relocate(raw, descriptors) for name, raw in found.programs.items()}
     compiled = time.monotonic()
-    fds: dict[str, int] = {}
+    loaded: dict[str, int] = {}
     for name, kind in PROGRAMS.items():
         flags = XDP_HAS_FRAGS if kind is ProgType.XDP and features.xdp_frags else 0
-        fds[name] = prog_load(kind, f"mw_{name}", code[name], flags=flags, attach_type=_expected(name))
-    info = {name: prog_info(fd) for name, fd in fds.items()}
-    return Loaded(fds, info, compiled - started, time.monotonic() - compiled, found.cookie)
+        loaded[name] = prog_load(kind, f"mw_{name}", code[name], flags=flags, attach_type=_expected(name))
+    info = {name: prog_info(fd) for name, fd in loaded.items()}
+    return Loaded(loaded, info, compiled - started, time.monotonic() - compiled, found.cookie)
+
+
+def _pinned(
+    directory: Path, wanted: codecache.Compiled, map_ids: Mapping[int, int]
+) -> tuple[dict[str, int], dict[str, ProgInfo]] | None:
+    """The pinned programs, when each has the wanted instructions and uses the wanted maps."""
+    with contextlib.ExitStack() as opened:
+        fds: dict[str, int] = {}
+        info: dict[str, ProgInfo] = {}
+        for name, code in wanted.programs.items():
+            try:
+                fds[name] = obj_get(directory / name)
+            except FileNotFoundError:
+                return None
+            opened.callback(os.close, fds[name])
+            info[name] = prog_info(fds[name])
+            used = {map_ids[number] for number in codecache.maps_of(code)}
+            if info[name].tag not in codecache.tags(code) or info[name].map_ids != used:
+                return None
+        opened.pop_all()
+        return fds, info
 
 
 def _compiled(
@@ -318,9 +355,10 @@ def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Size
         maps, adopted = open_maps(home / "maps", sizes)
         prepare_config(maps["config"], features.hz)
         name_fixed_slots(maps["slot_info"])
-        loaded = load_programs(maps, sizes, features)
+        loaded = load_programs(maps, sizes, features, pinned=home / "progs")
         check_programs(loaded)
-        pin_programs(loaded.fds, home / "progs")
+        if not loaded.adopted:
+            pin_programs(loaded.fds, home / "progs")
         attached = {
             name: asdict(attach.attach(pins, index, xdp))
             for name, index in present.items()
@@ -335,6 +373,7 @@ def load(pins: Path, devices: list[str], xdp: attach.XdpMode, sizes: layout.Size
             name: {"instructions": info.instructions, "verified": info.verified_instructions, "tag": info.tag}
             for name, info in loaded.info.items()
         },
+        "programs_adopted": loaded.adopted,
         "compile_s": round(loaded.compile_s, 3),
         "load_s": round(loaded.load_s, 3),
         "features": asdict(features),

@@ -126,8 +126,12 @@ def obj_pin(fd: int, path: Path) -> None:
     bpf(Cmd.OBJ_PIN, struct.pack("=QII", _in(name), fd, 0), str(path))
 
 
-def _info(fd: int, size: int) -> bytes:
-    reply = ctypes.create_string_buffer(size)
+_MAPS_OF_A_PROGRAM = 64  # the kernel's own limit
+
+
+def _info(fd: int, size: int, *, ask: bytes = b"") -> bytes:
+    """`ask`: the beginning of the reply's buffer, where the kernel finds rooms for what does not fit into it."""
+    reply = ctypes.create_string_buffer(ask, size)
     bpf(Cmd.OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, size, ctypes.addressof(reply)))
     return reply.raw
 
@@ -147,7 +151,7 @@ class MapInfo:
 
 @dataclass(frozen=True)
 class ProgInfo:
-    """What the kernel says of a program; `tag` is a hash of its instructions."""
+    """What the kernel says of a program; `tag` is a hash of its instructions, whatever maps they use."""
 
     kind: int
     id: int
@@ -156,6 +160,7 @@ class ProgInfo:
     name: str
     instructions: int
     verified_instructions: int
+    map_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -177,11 +182,14 @@ def map_info(fd: int) -> MapInfo:
 
 def prog_info(fd: int) -> ProgInfo:
     """Identity and cost of the program behind `fd`."""
-    raw = _info(fd, 232)
+    maps = (ctypes.c_uint32 * _MAPS_OF_A_PROGRAM)()
+    room = struct.pack("=52xIQ", len(maps), ctypes.addressof(maps))
+    raw = _info(fd, 232, ask=room)
     kind, number, tag, jited, xlated = struct.unpack_from("=II8sII", raw)
     name = raw[64:80].rstrip(b"\0").decode()
+    (used,) = struct.unpack_from("=I", raw, 52)
     (verified,) = struct.unpack_from("=I", raw, 216)
-    return ProgInfo(kind, number, tag.hex(), jited, name, xlated // 8, verified)
+    return ProgInfo(kind, number, tag.hex(), jited, name, xlated // 8, verified, frozenset(maps[:used]))
 
 
 def link_info(fd: int) -> LinkInfo:

@@ -53,7 +53,8 @@ async def load(pins: Path, sizes: Sizes) -> dict[str, object]:
     try:
         out, err = await process.communicate()
     except asyncio.CancelledError:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # already ended: no news
+            process.kill()
         raise
     if process.returncode:
         lines = err.decode(errors="replace").strip().splitlines() or [f"exit status {process.returncode}"]

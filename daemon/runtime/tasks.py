@@ -9,6 +9,7 @@ from daemon.runtime.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
+LOST_S = 5.0  # a task that still runs this long after its cancellation has lost it
 HEALTHY_S = 60.0  # a task that ran this long starts its back-off anew
 
 Work = Callable[[], Coroutine[Any, Any, None]]
@@ -37,12 +38,17 @@ class Tasks:
             task.add_done_callback(lambda _: self._running.pop(name, None))
 
     async def stop(self) -> None:
-        """Cancel everything and wait for it."""
+        """Cancel everything and wait for it; again what has let its cancellation get lost."""
         self._stopping = True
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        left = set(self._running.values())
+        while left:
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=LOST_S)
+            if left:
+                log.warning(
+                    "still running, cancelled again: %s", ", ".join(sorted(t.get_name() for t in left))
+                )
         self._running.clear()
 
     async def _try(self, name: str, work: Work) -> None:

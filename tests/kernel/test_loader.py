@@ -279,6 +279,28 @@ def test_a_second_run_adopts_the_maps_and_updates_the_links_in_place(cable: Cabl
         assert (waiting(allowed), waiting(denied)) == (1, 0)
 
 
+def test_programs_are_verified_again_only_when_they_or_their_maps_are_others(
+    cable: Cable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def adopted() -> bool:
+        answer = json.loads(cable.load().stdout)
+        return bool(answer["programs_adopted"])
+
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    assert not adopted()  # compiled for the first time
+    assert adopted()
+    home = attach.home(cable.pins)
+    (home / "maps" / "fragments").unlink()
+    assert not adopted()
+    assert adopted()
+    (home / "progs" / "xdp").unlink()
+    (home / "progs" / "tcx_egress_l3").rename(home / "progs" / "xdp")
+    assert not adopted()
+    assert adopted()
+    (home / "progs" / "tcx_egress").unlink()
+    assert not adopted()
+
+
 def test_swapping_programs_under_traffic_leaks_and_cuts_nothing(cable: Cable) -> None:
     cable.attach(XdpMode.NATIVE)
     index, sent = cable.ifindex, 0

@@ -19,7 +19,7 @@ spec:
 """
 
 
-@pytest.mark.parametrize("restarts", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restarts", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_restarts_under_traffic_leak_nothing_and_cut_nothing(machine, restarts):
     """Most daemons do not get to the end of their start; every tenth does, and the last one."""
     chance = random.Random(restarts)  # noqa: S311 - the same in every run
@@ -31,7 +31,7 @@ def test_restarts_under_traffic_leak_nothing_and_cut_nothing(machine, restarts):
             how = chance.choice([signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
             if how is signal.SIGHUP and machine.daemon is not None:
                 machine.daemon.send_signal(signal.SIGHUP)
-                time.sleep(chance.uniform(0, 0.5))
+                time.sleep(chance.uniform(0, 0.3))
                 how = signal.SIGTERM
             machine.stop(how)
             machine.start()
@@ -39,8 +39,8 @@ def test_restarts_under_traffic_leak_nothing_and_cut_nothing(machine, restarts):
                 reached = machine.generation()
                 machine.until(lambda: machine.generation() > reached, 60)  # noqa: B023 - called at once
             else:
-                time.sleep(chance.uniform(0, 3))
+                time.sleep(chance.uniform(0, 1.2))  # a start takes about one
     assert machine.generation() > before
-    assert seen.sent > 100 * restarts
-    assert seen.echoed > 10 * restarts
+    assert seen.sent > 50 * restarts
+    assert seen.echoed > 5 * restarts
     assert (seen.leaked, seen.sent - seen.arrived, seen.cut) == (0, 0, "")

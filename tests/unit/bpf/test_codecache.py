@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from bpf.codecache import MOST_FILES, Compiled, directory, keep, key_of, recall, relocate
+from bpf.codecache import MOST_FILES, Compiled, directory, keep, key_of, maps_of, recall, relocate, tags
 
 INSTRUCTION = struct.Struct("=BBhi")
 WIDE = 0x18
@@ -82,6 +82,22 @@ def test_placeholders_become_descriptors_and_numbers_stay_numbers():
     found = relocate(code, {0x4D57: 9})
     immediates = [INSTRUCTION.unpack_from(found, at)[3] for at in range(0, len(found), 8)]
     assert immediates == [9, 0, 0x4D57, 0x18, 9, 8, 0]
+
+
+def test_the_kernels_name_for_instructions_is_that_of_any_maps():
+    def code(one: int, constant: int) -> bytes:
+        wide = [
+            (WIDE, 1 << 4 | 3, 0, one),
+            (0, 0, 0, 0),
+            (WIDE, 4, 0, constant),
+            (0, 0, 0, 0),
+            (0x95, 0, 0, 0),
+        ]
+        return b"".join(INSTRUCTION.pack(*each) for each in wide)
+
+    assert tags(code(1, 7)) == tags(code(2, 7))
+    assert set(tags(code(1, 7))).isdisjoint(tags(code(1, 8)))
+    assert maps_of(code(1, 7)) == {1}
 
 
 def test_a_map_that_there_is_not_is_an_error():

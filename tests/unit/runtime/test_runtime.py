@@ -84,6 +84,26 @@ async def test_two_tasks_of_one_name_are_a_mistake() -> None:
     await tasks.stop()
 
 
+async def test_work_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.runtime.tasks.LOST_S", 0.01)
+    tasks = Tasks(lambda _name, _why: None)
+    lost = []
+
+    async def forgetful() -> None:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if lost:
+                    raise
+                lost.append(1)
+
+    tasks.start("part", forgetful)
+    await asyncio.sleep(0)
+    await asyncio.wait_for(tasks.stop(), 5)
+    assert lost == [1]
+
+
 def test_the_service_manager_hears_states(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
